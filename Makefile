@@ -1,0 +1,45 @@
+# Two commands: `make quickstart` runs the main job end to end, `make test` runs the tests.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
+
+.PHONY: quickstart test test-fast lint format constraints clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The stamp names the folder: a moved environment is made anew, since its scripts hold absolute paths.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@if [ "$$(cat $@ 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf $(VENV); fi
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve]'
+	@echo "$(CURDIR)" > $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve,dev]'
+	@touch $@
+
+constraints: $(VENV)/.installed-dev
+	{ echo '# Exact versions of everything, for `pip install -c constraints.txt`. Made by `make constraints`.'; \
+	  $(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

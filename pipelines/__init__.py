@@ -1,0 +1,1 @@
+"""Ray pipelines: prepare, train, evaluate, register, serve. Importing this package imports nothing else."""

@@ -1,0 +1,236 @@
+"""The `yan` command: a table of subcommands, each loaded when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from yan_core.config import RunConfig, from_dict, to_dict
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood."""
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def config_parser(command: str) -> Any:
+    """A jsonargparse parser of `RunConfig`: `--config FILE` and dotted overrides, help from the docstrings."""
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise UsageError(message) from ex
+
+    parser = Parser(prog=f"yan {command}", exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with what differs from the defaults")
+    parser.add_class_arguments(RunConfig, as_group=False)
+    return parser
+
+
+def dotted_keys(values: Any, where: str = "") -> list[str]:
+    """All dotted keys of nested settings."""
+    if not isinstance(values, dict):
+        return [where]
+    return [k for name, value in values.items() for k in dotted_keys(value, f"{where}.{name}" if where else name)]
+
+
+def parse_config(command: str, args: Sequence[str]) -> RunConfig:
+    """A run's config from `--config FILE` and dotted overrides.
+
+    Raises:
+        UsageError: On a missing file, an unknown key (the nearest is offered) or a wrong value.
+    """
+    for place, arg in enumerate(args):
+        path = arg.removeprefix("--config=") if arg.startswith("--config=") else None
+        path = args[place + 1] if arg == "--config" and place + 1 < len(args) else path
+        if path is not None and not Path(path).is_file():
+            near = sorted(str(p) for p in Path(__file__).parent.joinpath("configs").glob("*.yaml"))
+            raise UsageError(f"--config: no file {path!r}. Shipped configs: {', '.join(map(os.path.relpath, near))}")
+    parser = config_parser(command)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jsonargparse announces its own future changes
+        try:
+            values = parser.parse_args(list(args)).as_dict()
+        except UsageError as error:
+            raise UsageError(_with_nearest(str(error))) from error
+    values.pop("config", None)
+    return from_dict(RunConfig, _plain(values))
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's namespaces as dictionaries."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _with_nearest(message: str) -> str:
+    known = dotted_keys(to_dict(RunConfig()))
+    words = [w.strip("'\",.:") for w in message.replace("=", " ").split()]
+    for word in words:
+        name = word.removeprefix("--")
+        if name and name not in known and ("unrecognized" in message or "not accepted" in message):
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
+                k for k in known if difflib.get_close_matches(name.split(".")[-1], [k.split(".")[-1]], n=1, cutoff=0.75)
+            ]
+            if near:
+                return f"{message.strip()}\nDid you mean {near[0]}?"
+    return message.strip()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare(args: list[str]) -> int:
+    config = parse_config("prepare", args)
+    from pipelines.cluster import ray_session
+    from pipelines.run import prepare_step, run_lock
+
+    folder = Path(config.runs_dir) / config.name
+    with run_lock(folder), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
+        prepare_step(config, folder)
+    return 0
+
+
+def _train(args: list[str]) -> int:
+    config = parse_config("train", args)
+    from pipelines.run import run
+
+    result = run(config)
+    print(f"model: {result.model}")
+    return 0
+
+
+def _run(args: list[str]) -> int:
+    config = parse_config("run", args)
+    from pipelines.run import run
+
+    result = run(config)
+    print(f"model: {result.model}  registered: {result.registered}  MLflow run: {result.run_id}")
+    print(f"serve it: yan serve --model {result.model}")
+    print(f"look at it: mlflow ui --backend-store-uri {result.tracking_uri}")
+    return 0
+
+
+def _evaluate(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="yan evaluate", description="Quality of a saved model on a file of rows.")
+    parser.add_argument("--model", required=True, help="model folder, such as runs/world/model")
+    parser.add_argument("--config", required=True, help="YAML whose data set gives columns, row filter and template")
+    parser.add_argument("--data", required=True, help="file with the data set's columns")
+    parser.add_argument("--num-steps", type=int, default=3, help="solver steps = forward passes")
+    parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
+    parser.add_argument("--json", default=None, help="write the figures to this file")
+    chosen = parser.parse_args(args)
+    if chosen.num_steps < 1:
+        raise UsageError(f"--num-steps must be >= 1, got {chosen.num_steps}")
+    config = parse_config("evaluate", ["--config", chosen.config])
+    from pipelines.cluster import ray_session
+    from pipelines.evaluation import evaluate_model, summary
+    from pipelines.prepare import read_text_rows
+    from yan_core.checkpoint import read_config
+
+    read_config(chosen.model)
+    with ray_session(1, 1):
+        rows = read_text_rows(config, chosen.data)[: chosen.max_rows]
+    (quality,) = evaluate_model(Path(chosen.model), rows, [chosen.num_steps], config.evaluation.batch_size)
+    result = summary(quality, len(rows), Path(chosen.model), chosen.data)
+    print(json.dumps(result, indent=2))
+    if chosen.json:
+        from pipelines.run import write_file
+
+        write_file(Path(chosen.json), json.dumps(result, indent=2))
+    return 0
+
+
+def _serve(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="yan serve", description="Serve a model over HTTP until interrupted.")
+    parser.add_argument("--model", required=True, help="model folder or models:/name@alias")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of the model")
+    parser.add_argument("--num-steps", type=int, default=3, help="solver steps where a request names none")
+    parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
+    chosen = parser.parse_args(args)
+    import importlib
+
+    launch = importlib.import_module("serve.launch")  # named as a string: pipelines never imports serve
+    launch.main(chosen)
+    return 0
+
+
+def _config(args: list[str]) -> int:
+    import yaml
+
+    print(yaml.safe_dump(to_dict(parse_config("config", args)), sort_keys=False), end="")
+    return 0
+
+
+def _quickstart(args: list[str]) -> int:
+    from pipelines.quickstart import main as quickstart
+
+    return quickstart(args)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
+    "prepare": ("read, tokenise and write the data of a run", _prepare),
+    "train": ("the same as run", _train),
+    "evaluate": ("score a saved model on a file", _evaluate),
+    "serve": ("serve a model over HTTP", _serve),
+    "config": ("print the resolved config", _config),
+    "quickstart": ("the main job end to end on the built-in world", _quickstart),
+}
+"""Subcommand -> what it does, and the function that does it."""
+
+
+def _usage() -> str:
+    lines = [f"  {name:<11} {what}" for name, (what, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: yan <command> [--config FILE] [--section.key value ...]",
+            "",
+            *lines,
+            "",
+            "yan <command> --help for more",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code. A mistake of the user's ends in one message, not in a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        print(
+            f"yan: unknown command {args[0]!r}{f'; did you mean {near[0]}?' if near else ''}\n\n{_usage()}",
+            file=sys.stderr,
+        )
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks stop what we started
+    from yan_core.training import TrainingFailed
+
+    try:
+        return COMMANDS[args[0]][1](args[1:])
+    except KeyboardInterrupt:
+        print("\nyan: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, TrainingFailed, OSError) as error:
+        if os.environ.get("YAN_TRACEBACK"):
+            raise
+        print(f"yan {args[0]}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1

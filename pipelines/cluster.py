@@ -1,0 +1,90 @@
+"""Joining or starting Ray quietly, and carrying progress lines from workers to the driver's terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.actor import ActorHandle
+from ray.data import DataContext
+
+
+def quiet_ray() -> None:
+    """Keep Ray's progress bars and routine log lines off the terminal; errors still come as exceptions."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+
+
+@contextmanager
+def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS or of the job that runs us, else start a local one and stop it at the end.
+
+    A local one gets two logical CPUs more than the workers reserve: Ray Data reads while they train, and with none left
+    it would wait for ever.
+    """
+    quiet_ray()
+    if ray.is_initialized():
+        yield
+        return
+    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
+        ray.init(num_cpus=logical, include_dashboard=False, **common)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Collects lines from workers until the driver takes them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        """Leave a line."""
+        self.lines.append(line)
+
+    def take(self) -> list[str]:
+        """Take the lines left since the last call."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+@contextmanager
+def progress_lines(interval_s: float = 1.0) -> Iterator[ActorHandle]:
+    """A `ProgressBoard` whose lines appear on this terminal, without Ray's actor prefixes."""
+    board = ProgressBoard.remote()
+    stopped = threading.Event()
+
+    def show() -> None:
+        for line in ray.get(board.take.remote()):
+            print(line, flush=True)
+
+    def watch() -> None:
+        while not stopped.wait(interval_s):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stopped.set()
+        thread.join()
+        show()
+        ray.kill(board)

@@ -1,0 +1,123 @@
+"""Quality of one saved model on fixed rows, at any number of solver steps, with no oracle of the answer's length."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import yan_core
+from yan_core.checkpoint import code_commit
+from yan_core.metrics import exact_match
+from yan_core.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one model at one number of solver steps.
+
+    Attributes:
+        num_steps: Solver steps = forward passes.
+        metric: Name of `value`.
+        value: Share of exactly right answers, in [0, 1].
+        by_kind: The same for each kind of question, where rows have kinds.
+        latency_ms_batch_1: Median time of one request alone, text to text.
+        examples: Source, target and answer of some rows.
+    """
+
+    num_steps: int
+    metric: str
+    value: float
+    by_kind: dict[str, float]
+    latency_ms_batch_1: float
+    examples: list[dict[str, str]]
+
+
+def evaluate_model(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    num_steps: Sequence[int],
+    batch_size: int,
+    device: str = "cpu",
+    on_done: Callable[[Quality], None] | None = None,
+) -> list[Quality]:
+    """Answer every row at each number of steps and score it.
+
+    The seed of a row is its place in `rows`, so evaluating twice gives the same figures.
+
+    Args:
+        folder: Model folder.
+        rows: `source`, `answers` (any counts as right) and optionally `kind`.
+        num_steps: Numbers of solver steps.
+        batch_size: Rows of a batch.
+        device: Where the model runs.
+        on_done: Called after each number of steps.
+
+    Raises:
+        ValueError: If there is no row.
+    """
+    if not rows:
+        raise ValueError("nothing to evaluate: no row is left after the filter")
+    generator = yan_core.load(folder, device)
+    metric = get_task(generator.details["task"]).metric
+    # Rows of like length share a batch; the seeds keep each answer the same in any order.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
+    results = []
+    for steps in num_steps:
+        answers = [""] * len(rows)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            done = generator.generate([rows[i]["source"] for i in places], steps, seeds=places)
+            for place, generation in zip(places, done, strict=True):
+                answers[place] = generation.text
+        kinds = sorted({r["kind"] for r in rows if r.get("kind")})
+        by_kind = {}
+        for kind in kinds:
+            chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
+            by_kind[kind] = exact_match([answers[i] for i in chosen], [rows[i]["answers"] for i in chosen])
+        quality = Quality(
+            num_steps=steps,
+            metric=metric,
+            value=exact_match(answers, [r["answers"] for r in rows]),
+            by_kind=by_kind,
+            latency_ms_batch_1=_latency_ms(generator, [r["source"] for r in rows[:20]], steps),
+            examples=[
+                {"source": r["source"], "target": " | ".join(r["answers"]), "answer": a}
+                for r, a in list(zip(rows, answers, strict=True))[:10]
+            ],
+        )
+        results.append(quality)
+        if on_done is not None:
+            on_done(quality)
+    return results
+
+
+def _latency_ms(generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int) -> float:
+    times = []
+    for source in sources:
+        started = time.perf_counter()
+        generator.generate([source], num_steps)
+        times.append((time.perf_counter() - started) * 1000)
+    return statistics.median(times)
+
+
+def summary(quality: Quality, num_rows: int, folder: Path, data: str) -> dict[str, Any]:
+    """What `yan evaluate --json` writes."""
+    return {
+        "metrics": {quality.metric: quality.value, **{f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}},
+        "counts": {"rows": num_rows},
+        "latency_ms": {"batch_1_p50": quality.latency_ms_batch_1},
+        "num_steps": quality.num_steps,
+        "nfe": quality.num_steps,
+        "length": "own",
+        "model": str(folder),
+        "data": data,
+        "commit": code_commit(),
+        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+    }

@@ -1,0 +1,341 @@
+"""The main job: prepare -> autoencoder -> flow -> fine-tune -> evaluate -> register, each step done once.
+
+A step's result carries the inputs it was made from. When they are unchanged the step is left out; when they differ, the
+first differing setting is named and the step and all after it are done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import world
+from pipelines.cluster import progress_lines, ray_session
+from pipelines.evaluation import Quality, evaluate_model
+from pipelines.prepare import Prepared, open_prepared, prepare
+from pipelines.sources import files_of, find_dataset
+from pipelines.tracking import Tracker
+from pipelines.train import STAGES, train_stage
+from yan_core.checkpoint import CheckpointError, atomic_folder, code_commit, read_config
+from yan_core.config import RunConfig, to_dict
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        model: Model folder.
+        quality: Figures at each number of steps.
+        registered: `models:/name@alias`, or empty when nothing was registered.
+        tracking_uri: MLflow store.
+        run_id: MLflow run.
+        seconds: Time of each step that was done, in seconds.
+    """
+
+    model: Path
+    quality: list[Quality]
+    registered: str
+    tracking_uri: str
+    run_id: str
+    seconds: dict[str, float]
+
+
+def say(line: str) -> None:
+    """Show a line of progress."""
+    print(line, flush=True)
+
+
+# --- what a step was made from -------------------------------------------------------------------------------------
+
+
+def data_inputs(config: RunConfig) -> dict[str, Any]:
+    """What prepared data depend on: settings, and size and time of the files."""
+    data = config.data
+    files = {}
+    names = [n for n in (data.dataset, data.corpus) if n]
+    for name in names:
+        dataset = find_dataset(data, name)
+        if dataset.format in ("parquet", "jsonl", "csv", "text"):
+            for where in (dataset.train, dataset.validation):
+                for path in files_of(data, dataset, where) if where else []:
+                    if "://" not in path:
+                        files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    settings = {k: v for k, v in to_dict(data).items() if k not in ("datasets", "shuffle_buffer")}
+    used = {name: to_dict(find_dataset(data, name)) for name in names}
+    built_in = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest() if not files else ""
+    return {
+        "data": settings,
+        "datasets": used,
+        "files": files,
+        "tokenizer": to_dict(config.tokenizer),
+        "seed": config.seed,
+        "world": built_in,
+    }
+
+
+def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
+    """What a stage's model depends on, the step before included."""
+    values = to_dict(config)
+    loss = "autoencoder_loss" if stage == "autoencoder" else "flow_loss"
+    return {
+        "stages": {stage: values["stages"][stage]},
+        "model": values["model"],
+        loss: values[loss],
+        "data": {"shuffle_buffer": config.data.shuffle_buffer, "max_target_tokens": config.data.max_target_tokens},
+        "scaling": {"num_workers": config.scaling.num_workers},
+        "seed": config.seed,
+        "before": before,
+    }
+
+
+def fingerprint(inputs: dict[str, Any]) -> str:
+    """Short hash of inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flat(values: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {where: values}
+    return {
+        k: v for name, value in values.items() for k, v in _flat(value, f"{where}.{name}" if where else name).items()
+    }
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first setting in which two inputs differ."""
+    before, after = _flat(old), _flat(new)
+    for key in [*after, *before]:
+        if before.get(key) != after.get(key):
+            return (
+                "the step before it was redone" if key == "before" else f"{key}: {before.get(key)} -> {after.get(key)}"
+            )
+    return "nothing"
+
+
+def read_inputs(path: Path) -> dict[str, Any] | None:
+    """Inputs recorded beside a result, or None."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def up_to_date(name: str, recorded: Path, inputs: dict[str, Any], whole: bool) -> bool:
+    """Decide whether a step's result can stay, and say why."""
+    old = read_inputs(recorded)
+    if old == inputs and whole:
+        say(f"{name}: done before, inputs unchanged")
+        return True
+    if old is None:
+        reason = "not done yet"
+    elif old != inputs:
+        reason = f"inputs changed ({difference(old, inputs)})"
+    else:
+        reason = "its result is damaged or gone"
+    say(f"{name}: {reason}")
+    return False
+
+
+def _model_is_whole(folder: Path) -> bool:
+    try:
+        read_config(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+# --- one run at a time in a folder ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time work in a run's folder.
+
+    Raises:
+        ValueError: If another one does; names its process.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise ValueError(
+                f"process {handle.read().strip() or '?'} is working in {folder}: wait for it, or choose another --name"
+            ) from error
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+# --- the steps ------------------------------------------------------------------------------------------------------
+
+
+def prepare_step(config: RunConfig, folder: Path) -> Prepared:
+    """Prepare the data unless they are there and up to date."""
+    inputs = data_inputs(config)
+    recorded = folder / "prepared.inputs.json"
+    if up_to_date("prepare", recorded, inputs, (folder / "prepared" / "manifest.json").is_file()):
+        return open_prepared(folder / "prepared")
+    recorded.unlink(missing_ok=True)
+    prepared = prepare(config, folder / "prepared")
+    write_file(recorded, json.dumps(inputs, indent=2))
+    rows, bad = prepared.manifest["rows"], sum(prepared.manifest["bad_rows"].values())
+    say(
+        f"  {rows['finetune']} training rows, {rows['validation']} validation rows, {rows['flow']} corpus windows; "
+        f"vocabulary {prepared.manifest['vocab_size']}; {bad} bad rows set aside; "
+        f"{prepared.manifest['sources_cut']} sources cut to {config.data.max_source_tokens} tokens"
+    )
+    return prepared
+
+
+def train_steps(
+    config: RunConfig, folder: Path, prepared: Prepared, tracker: Tracker | None, seconds: dict[str, float]
+) -> Path:
+    """Train the stages that are not up to date; returns the last stage's model folder."""
+    before = fingerprint(data_inputs(config))
+    model: Path | None = None
+    for stage in STAGES:
+        if getattr(config.stages, stage).max_steps == 0:
+            say(f"{stage}: left out (stages.{stage}.max_steps=0)")
+            continue
+        inputs = stage_inputs(config, stage, before)
+        before = fingerprint(inputs)
+        output, recorded = folder / "stages" / stage, folder / "stages" / f"{stage}.inputs.json"
+        if not up_to_date(stage, recorded, inputs, _model_is_whole(output)):
+            started = time.perf_counter()
+            recorded.unlink(missing_ok=True)
+            attempt = f"{stage}-{before}"
+            with progress_lines() as board:
+                train_stage(config, stage, prepared, model, output, folder / "checkpoints", attempt, board, tracker)
+            write_file(recorded, json.dumps(inputs, indent=2))
+            for old in (folder / "checkpoints").glob(f"{stage}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            seconds[stage] = time.perf_counter() - started
+            say(f"{stage}: done in {seconds[stage]:.0f} s")
+        model = output
+    if model is None:
+        raise ValueError("every stage has max_steps=0: nothing to train")
+    return model
+
+
+def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: Tracker) -> list[Quality]:
+    """Measure the model at each number of steps and record figures, examples and a picture."""
+    rows = prepared.validation(config.evaluation.max_rows)
+    say(f"evaluate: {len(rows)} validation rows, own length")
+
+    def show(q: Quality) -> None:
+        kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
+        say(f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)")
+
+    quality = evaluate_model(model, rows, config.evaluation.num_steps, config.evaluation.batch_size, on_done=show)
+    for q in quality:
+        named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
+        tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
+    best = quality[len(quality) // 2]
+    tracker.table([{**e, "num_steps": str(best.num_steps)} for e in best.examples], "examples.json")
+    tracker.quality_picture({q.num_steps: q.value for q in quality}, best.metric, config.name)
+    return quality
+
+
+def run(config: RunConfig) -> RunResult:
+    """Do everything from raw rows to a registered model; go on where an interrupted run stopped.
+
+    Args:
+        config: The run.
+
+    Raises:
+        ValueError: If the config or the data cannot be used.
+        TrainingFailed: If a stage gave up.
+    """
+    folder = Path(config.runs_dir) / config.name
+    seconds: dict[str, float] = {}
+    with run_lock(folder), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
+        started = time.perf_counter()
+        prepared = prepare_step(config, folder)
+        seconds["prepare"] = time.perf_counter() - started
+
+        final = fingerprint(_final_inputs(config))
+        state = read_inputs(folder / "run.json") or {}
+        # An unfinished run goes on in its MLflow run; a finished one only if nothing has changed.
+        go_on = state.get("final") == final or not state.get("finished", True)
+        tracker = Tracker.start(config, state.get("run_id") if go_on else None)
+        state = {"run_id": tracker.run_id, "final": final, "finished": False}
+        write_file(folder / "run.json", json.dumps(state))
+        resolved = json.dumps(to_dict(config), indent=2)
+        write_file(folder / "config.json", resolved)
+        tracker.text(resolved, "config.json")
+        tracker.params(_flat(to_dict(config)))
+        tracker.tag("commit", code_commit())
+        tracker.metrics({f"data/rows/{k}": v for k, v in prepared.manifest["rows"].items()}, step=0)
+        monitor = tracker.system_metrics()
+        try:
+            last = train_steps(config, folder, prepared, tracker, seconds)
+            result = _publish(config, folder, prepared, last, tracker, final, seconds)
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        finally:
+            monitor.finish()
+        write_file(folder / "run.json", json.dumps({**state, "finished": True}))
+        tracker.finish("FINISHED")
+    return result
+
+
+def _final_inputs(config: RunConfig) -> dict[str, Any]:
+    before = fingerprint(data_inputs(config))
+    for stage in STAGES:
+        if getattr(config.stages, stage).max_steps:
+            before = fingerprint(stage_inputs(config, stage, before))
+    return {"model": before, "evaluation": to_dict(config.evaluation), "tracking": to_dict(config.tracking)}
+
+
+def _publish(
+    config: RunConfig,
+    folder: Path,
+    prepared: Prepared,
+    last: Path,
+    tracker: Tracker,
+    final: str,
+    seconds: dict[str, float],
+) -> RunResult:
+    """Evaluate the last stage's model, put it at runs/<name>/model and register it, unless that was done."""
+    model, recorded = folder / "model", folder / "model.inputs.json"
+    done = read_inputs(recorded)
+    started = time.perf_counter()
+    if done is not None and done["final"] == final and _model_is_whole(model):
+        say("evaluate, register: done before, inputs unchanged")
+        quality, registered = [Quality(**q) for q in done["quality"]], done["registered"]
+    else:
+        recorded.unlink(missing_ok=True)
+        quality = evaluate_step(config, prepared, last, tracker)
+        with atomic_folder(model) as scratch:
+            shutil.copytree(last, scratch, dirs_exist_ok=True)
+        name = config.tracking.model_name or f"yan-{config.name}"
+        version = tracker.register(model, name, config.tracking.alias)
+        registered = f"models:/{name}@{config.tracking.alias}"
+        say(f"register: {registered} is version {version}")
+        values = {"final": final, "registered": registered, "quality": [vars(q) for q in quality]}
+        write_file(recorded, json.dumps(values, indent=2))
+        seconds["evaluate"] = time.perf_counter() - started
+    return RunResult(model, quality, registered, tracker.uri, tracker.run_id, seconds)

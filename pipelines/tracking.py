@@ -1,0 +1,142 @@
+"""MLflow: one run for a training however often it restarts, metrics by step, pictures, registered models."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import mlflow
+from mlflow.tracking import MlflowClient
+
+from yan_core.config import RunConfig
+
+matplotlib.use("Agg")
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """Where this run is tracked: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the runs folder."""
+    default = f"sqlite:///{Path(config.runs_dir).resolve()}/mlflow.db"
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def _client(uri: str) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class Tracker:
+    """Writes to one MLflow run; safe to make again in another process from its `uri` and `run_id`."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri, self.run_id = uri, run_id
+        self.client = _client(uri)
+
+    @classmethod
+    def start(cls, config: RunConfig, run_id: str | None) -> Tracker:
+        """Continue the run of that id, or begin a new one."""
+        uri = tracking_uri(config)
+        client = _client(uri)
+        if run_id is not None:
+            try:
+                client.update_run(run_id, status="RUNNING")
+                return cls(uri, run_id)
+            except mlflow.MlflowException:
+                logging.getLogger(__name__).warning("MLflow run %s is gone from %s: a new one begins", run_id, uri)
+        name = config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            local = uri.startswith("sqlite:")
+            artifacts = str(Path(config.runs_dir).resolve() / "mlartifacts") if local else None
+            experiment_id = client.create_experiment(name, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        return cls(uri, client.create_run(experiment_id, run_name=config.name).info.run_id)
+
+    def system_metrics(self) -> Any:
+        """A monitor of this machine's load; call `.finish()` at the end."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        mlflow.set_tracking_uri(self.uri)
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)
+        monitor.start()
+        return monitor
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters that are not recorded yet."""
+        known = self.client.get_run(self.run_id).data.params
+        for name, value in values.items():
+            if name not in known:
+                self.client.log_param(self.run_id, name, str(value)[:500])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics of a step."""
+        for name, value in values.items():
+            self.client.log_metric(self.run_id, name, float(value), step=step)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self.client.set_tag(self.run_id, name, value)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def text(self, text: str, file: str) -> None:
+        """Store a text as a file."""
+        self.client.log_text(self.run_id, text, file)
+
+    def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
+        """Store rows as a table that MLflow's page shows."""
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        self.client.log_table(self.run_id, columns, file)
+
+    def quality_picture(self, quality: Mapping[int, float], metric: str, title: str) -> None:
+        """Store the picture of quality against solver steps."""
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        axes.plot(list(quality), list(quality.values()), marker="o")
+        axes.set(xlabel="solver steps = forward passes", ylabel=metric.replace("_", " "), title=title, ylim=(0, 1.02))
+        axes.set_xticks(list(quality))
+        axes.grid(alpha=0.3)
+        self.client.log_figure(self.run_id, figure, "quality_by_steps.png")
+        pyplot.close(figure)
+
+    def register(self, model_folder: Path, name: str, alias: str) -> str:
+        """Log the model as a pyfunc from code and safetensors, register it and point the alias at it.
+
+        Returns:
+            The version.
+        """
+        import yan_core
+
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / "model"
+            shutil.copytree(model_folder, copy)
+            with mlflow.start_run(self.run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("registered_model.py")),
+                    artifacts={"model": str(copy)},
+                    code_paths=[str(Path(yan_core.__file__).parent)],
+                    pip_requirements=["torch", "tokenizers", "safetensors", "pyyaml", "numpy"],
+                    registered_model_name=name,
+                )
+        version = str(info.registered_model_version)
+        self.client.set_registered_model_alias(name, alias, version)
+        return version
+
+    def finish(self, status: str) -> None:
+        """Mark the run `FINISHED`, `FAILED` or `KILLED`."""
+        self.client.set_terminated(self.run_id, status)

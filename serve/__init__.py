@@ -1,0 +1,1 @@
+"""YAN over HTTP, on Ray Serve."""

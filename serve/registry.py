@@ -1,0 +1,150 @@
+"""models:/name@alias -> a local model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+SCHEME = "models:/"
+
+
+class RegistryError(ValueError):
+    """The registry cannot be reached, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model to serve.
+
+    Attributes:
+        folder: Its local folder.
+        name: What answers call it: the registered name and version, or the run's name.
+    """
+
+    folder: Path
+    name: str
+
+
+def is_registered(model: str) -> bool:
+    """Whether a model is named by a registry address rather than by a folder."""
+    return model.startswith(SCHEME)
+
+
+def registry_uri(tracking_uri: str) -> str:
+    """Address of the registry: the one given, else MLFLOW_TRACKING_URI; a SQLite file by its absolute path.
+
+    Raises:
+        RegistryError: If neither is there, or the SQLite file is not (MLflow would make an empty one).
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise RegistryError(
+            "tracking_uri is empty and MLFLOW_TRACKING_URI is not set: name the registry, for example "
+            "tracking_uri=sqlite:///runs/mlflow.db or http://host:5000"
+        )
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///")).resolve()
+        if not file.is_file():
+            raise RegistryError(f"tracking_uri={uri}: there is no file {file}")
+        return f"sqlite:///{file}"
+    return uri
+
+
+def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
+    """Look a registered model up, without fetching it.
+
+    Args:
+        model: `models:/name@alias` or `models:/name/version`.
+        tracking_uri: The registry; empty: MLFLOW_TRACKING_URI.
+
+    Raises:
+        RegistryError: If the address is malformed, the registry is out of reach, or the name, alias or version is not
+            in it; then it lists what is.
+    """
+    name, alias, version = _parse(model)
+    uri = registry_uri(tracking_uri)
+    # MLflow's own default is seven retries with growing pauses: minutes of silence.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise RegistryError(f"{model}: mlflow is not installed; pip install 'yan[pipelines]'") from error
+    client = MlflowClient(uri)
+    try:
+        names = [m.name for m in client.search_registered_models()]
+        if name not in names:
+            raise RegistryError(f"{model}: the registry {uri} has no model {name!r}; it has {_listed(names)}")
+        aliases = dict(client.get_registered_model(name).aliases)
+        if alias and alias not in aliases:
+            raise RegistryError(f"{model}: model {name!r} has no alias {alias!r}; it has {_listed(aliases)}")
+        versions = {str(v.version): v for v in client.search_model_versions(f"name='{name}'")}
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise RegistryError(
+            f"the registry {uri} cannot be read ({reason}); is it running and the address right?"
+        ) from (error)
+    version = str(aliases[alias]) if alias else version
+    if version not in versions:
+        raise RegistryError(f"{model}: model {name!r} has no version {version}; it has {_listed(versions)}")
+    return versions[version]
+
+
+def resolve(model: str, tracking_uri: str = "") -> Found:
+    """A local folder for a model; fetches it where it is registered elsewhere.
+
+    Args:
+        model: A folder, or as for `find_version`.
+        tracking_uri: The registry; empty: MLFLOW_TRACKING_URI.
+
+    Raises:
+        RegistryError: As `find_version`, and if the registered model holds no YAN model folder. A plain folder is not
+            looked into.
+    """
+    if not is_registered(model):
+        folder = Path(model)
+        absolute = folder.absolute()
+        # `yan run` leaves every model in runs/<name>/model.
+        return Found(folder, absolute.parent.name if absolute.name == "model" else absolute.name)
+    version = find_version(model, tracking_uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = registry_uri(tracking_uri)
+    name = f"{version.name}/{version.version}"
+    try:
+        # By number, so that an alias moved meanwhile cannot make the name a lie.
+        fetched = mlflow.artifacts.download_artifacts(f"{SCHEME}{name}", tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise RegistryError(f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}") from (
+            error
+        )
+    for config in sorted(Path(fetched).rglob("config.json")):
+        if "format_version" in json.loads(config.read_text(encoding="utf-8")):
+            return Found(config.parent, name)
+    raise RegistryError(f"{SCHEME}{name} holds no YAN model: no config.json with a format_version below {fetched}")
+
+
+def _parse(model: str) -> tuple[str, str, str]:
+    """Name, alias and version of a registry address; alias or version is empty."""
+    rest = model.removeprefix(SCHEME)
+    name, _, alias = rest.partition("@")
+    if alias:
+        version = ""
+    else:
+        name, _, version = rest.rpartition("/")
+    if not name or not (alias or version.isdigit()):
+        raise RegistryError(f"{model!r} must be models:/name@alias or models:/name/version")
+    return name, alias, version
+
+
+def _listed(names: object) -> str:
+    return ", ".join(sorted(map(str, names))) or "none"  # type: ignore[call-overload]

@@ -1,0 +1,196 @@
+"""Building blocks: attention with rotary positions and padding, feed-forward, time conditioning, short convolution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Projected keys and values of a sequence, both [batch, num_heads, length, head_dim], and its padding.
+
+    `mask` is [batch, length], True where a token is real; None: all are.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    def repeat(self, times: int) -> KeyValues:
+        """The same rows several times over along the batch."""
+        if times == 1:
+            return self
+        mask = None if self.mask is None else self.mask.repeat(times, 1)
+        return KeyValues(self.keys.repeat(times, 1, 1, 1), self.values.repeat(times, 1, 1, 1), mask)
+
+
+@lru_cache(maxsize=64)
+def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions, each [length, head_dim / 2]. Source: Su et al. 2021, arXiv:2104.09864."""
+    with torch.inference_mode(False):  # cached: the first caller's mode must not bind the later ones
+        frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs of channels of x, [batch, num_heads, length, head_dim], by their positions' angles."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend(query: Tensor, context: KeyValues) -> Tensor:
+    """Bidirectional attention in which padded keys take no part.
+
+    A row with no real key gives zeros, where a plain softmax would give NaN.
+
+    Args:
+        query: [batch, num_heads, length, head_dim].
+        context: Keys, values and their padding.
+
+    Returns:
+        [batch, num_heads, length, head_dim].
+    """
+    mask = context.mask
+    if query.is_cuda or not torch.is_grad_enabled():
+        attention_mask = None if mask is None else (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
+        out = F.scaled_dot_product_attention(query, context.keys, context.values, attn_mask=attention_mask)
+    else:
+        # On a CPU the backward pass of the fused kernel took twice as long as this (EXPERIMENTS, 2026-11-23).
+        scores = query @ context.keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        out = scores.softmax(-1) @ context.values
+    return out if mask is None else out * mask.any(-1)[:, None, None, None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a sequence itself, or over another one's latents."""
+
+    def __init__(self, d_model: int, num_heads: int, rotary: bool) -> None:
+        super().__init__()
+        self.num_heads, self.rotary = num_heads, rotary
+        self.query = nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, num_heads, length, head_dim]
+
+    def project(self, context: Tensor, mask: Tensor | None) -> KeyValues:
+        """Keys and values of `context` [batch, length, d_model], to be used by any number of queries."""
+        keys, values = self.key_value(context).chunk(2, dim=-1)
+        return KeyValues(self._heads(keys), self._heads(values), mask)
+
+    def forward(self, x: Tensor, context: KeyValues | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend from x to `context`, or to x itself with padding `mask`; [batch, length, d_model] in and out."""
+        query = self._heads(self.query(x))
+        if context is None:
+            context = self.project(x, mask)
+            if self.rotary:
+                angles = rotary_angles(x.shape[1], query.shape[-1], x.device)
+                query, keys = rotate(query, angles), rotate(context.keys, angles)
+                context = KeyValues(keys, context.values, mask)
+        return self.out(attend(query, context).transpose(1, 2).flatten(2))
+
+
+def feed_forward(d_model: int, multiple: int) -> nn.Sequential:
+    """d_model -> multiple * d_model -> d_model with GELU."""
+    return nn.Sequential(nn.Linear(d_model, multiple * d_model), nn.GELU(), nn.Linear(multiple * d_model, d_model))
+
+
+class ShortConv(nn.Module):
+    """Depthwise convolution over neighbouring tokens, added to its input; padded tokens neither give nor receive."""
+
+    def __init__(self, d_model: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(d_model, d_model, kernel, padding=kernel // 2, groups=d_model)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[batch, length, d_model] in and out; mask [batch, length]."""
+        keep = mask[..., None].to(x.dtype)
+        return x + self.conv((x * keep).transpose(1, 2)).transpose(1, 2) * keep
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm bidirectional Transformer block, with an optional short convolution in front."""
+
+    def __init__(
+        self, d_model: int, num_heads: int, ffn_multiple: int, dropout: float, conv_kernel: int, rotary: bool
+    ) -> None:
+        super().__init__()
+        self.conv = ShortConv(d_model, conv_kernel) if conv_kernel else None
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.attention = Attention(d_model, num_heads, rotary)
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.ffn = feed_forward(d_model, ffn_multiple)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[batch, length, d_model] in and out; mask [batch, length]."""
+        if self.conv is not None:
+            x = self.conv(x, mask)
+        x = x + self.dropout(self.attention(self.norm_attention(x), mask=mask))
+        return x + self.dropout(self.ffn(self.norm_ffn(x)))
+
+
+def time_features(t: Tensor, d_model: int) -> Tensor:
+    """Sinusoidal features of t in [0, 1]: [batch] -> [batch, d_model]. Source: Vaswani et al. 2017, sec. 3.5."""
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2, device=t.device, dtype=torch.float32) / d_model)
+    angle = 1000.0 * t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features -> linear -> GELU (arXiv:2604.15009)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.linear = nn.Linear(d_model, d_model)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """[batch] -> [batch, d_model]."""
+        return F.gelu(self.linear(time_features(t, self.d_model).to(self.linear.weight.dtype)))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift normalised features x [batch, length, d_model] by [batch, d_model] each."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class FlowBlock(nn.Module):
+    """Self-attention, cross-attention to the source where asked, feed-forward; each normalised adaptively by t."""
+
+    def __init__(self, d_model: int, num_heads: int, ffn_multiple: int, dropout: float, cross_attention: bool) -> None:
+        super().__init__()
+        self.num_sublayers = 3 if cross_attention else 2
+        self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
+        self.modulation = nn.Linear(d_model, 2 * self.num_sublayers * d_model)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.attention = Attention(d_model, num_heads, rotary=True)
+        self.cross_attention = Attention(d_model, num_heads, rotary=False) if cross_attention else None
+        self.ffn = feed_forward(d_model, ffn_multiple)
+        self.dropout = nn.Dropout(dropout)
+
+    def modulations(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Scale and shift of each sub-layer at embedded times [batch, d_model]; each [batch, d_model]."""
+        return self.modulation(time).chunk(2 * self.num_sublayers, dim=-1)
+
+    def forward(
+        self, x: Tensor, modulations: tuple[Tensor, ...], source: KeyValues | None, mask: Tensor | None
+    ) -> Tensor:
+        """[batch, length, d_model] in and out; mask [batch, length] of the target or None; source: projected source latents."""
+        pairs = list(zip(modulations[::2], modulations[1::2], strict=True))
+        x = x + self.dropout(self.attention(modulate(self.norm(x), *pairs[0]), mask=mask))
+        if self.cross_attention is not None:
+            x = x + self.dropout(self.cross_attention(modulate(self.norm(x), *pairs[1]), context=source))
+        return x + self.dropout(self.ffn(modulate(self.norm(x), *pairs[-1])))

@@ -1,0 +1,180 @@
+"""A model on disk: weights, config, tokenizer, format version and commit, saved and loaded together.
+
+A folder holds `model.safetensors`, `config.json` and `tokenizer.json`. `config.json` carries the SHA-256 of the other
+two; it is checked on loading. A folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from yan_core.config import ModelConfig, from_dict, to_dict
+from yan_core.model import YanModel, build_model
+from yan_core.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from yan_core.generator import TextGenerator
+
+FORMAT_VERSION = 1
+"""Raised when a folder written by this code cannot be read by older code."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another format."""
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # a process of the same id (1 in a container) may have left it
+            path.rename(old)
+        scratch.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def code_commit() -> str:
+    """Commit of the code that runs, with `-dirty` where files differ from it; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("YAN_COMMIT", "unknown")
+    return found.stdout.strip()
+
+
+def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:
+    """Write a model folder, atomically.
+
+    Args:
+        folder: Where to; a folder there is replaced when the new one is complete.
+        model: The weights are written as they are, bit for bit.
+        tokenizer: Written beside them.
+        details: What else generation needs: `task`, `max_source_tokens`, `max_target_tokens`, and any record of the run.
+    """
+    from yan_core import __version__
+
+    with atomic_folder(Path(folder)) as scratch:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        (scratch / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "yan_version": __version__,
+            "commit": code_commit(),
+            "vocab_size": model.vocab_size,
+            "model": to_dict(model.config),
+            "details": details,
+            "sha256": {name: sha256_file(scratch / name) for name in ("model.safetensors", "tokenizer.json")},
+        }
+        (scratch / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The verified `config.json` of a model folder.
+
+    Raises:
+        CheckpointError: If the folder is missing, damaged or of another format; says which file.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is not a YAN model: it has no config.json. Name the folder that `yan run` leaves in "
+            "runs/<name>/model."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); train again or restore it from a copy") from error
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {config.get('format_version')!r}, this code reads {FORMAT_VERSION}; "
+            "use the version of YAN that wrote it"
+        )
+    for name, expected in config["sha256"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the model was copied in part: copy the whole folder again")
+        if sha256_file(file) != expected:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one in config.json (cut short while copying?); "
+                "copy the whole folder again or train again"
+            )
+    return config
+
+
+def from_pretrained(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[YanModel, Tokenizer, dict[str, Any]]:
+    """Read a model folder.
+
+    Args:
+        folder: Written by `save_pretrained`.
+        device: Where the weights go.
+
+    Returns:
+        The model in evaluation mode, its tokenizer and the details it was saved with.
+
+    Raises:
+        CheckpointError: If anything in it is missing, damaged or does not fit.
+    """
+    config = read_config(folder)
+    model = build_model(from_dict(ModelConfig, config["model"], "model"), config["vocab_size"], seed=0)
+    weights = Path(folder) / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(weights, device=str(device)), assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{weights} does not fit its config.json: {error}") from error
+    tokenizer = Tokenizer.from_json((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    return model.to(device).eval(), tokenizer, config["details"]
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> TextGenerator:
+    """Read a model folder for generation: `yan_core.load("runs/world/model").generate(["..."])`.
+
+    Args:
+        folder: Written by `save_pretrained`.
+        device: Where it runs.
+
+    Raises:
+        CheckpointError: If the folder is missing, damaged or of another format.
+    """
+    from yan_core.generator import TextGenerator
+
+    model, tokenizer, details = from_pretrained(folder, device)
+    return TextGenerator(model, tokenizer, details)

@@ -1,0 +1,502 @@
+"""Every setting of a run, and every default, in one place.
+
+A run is described by one `RunConfig`. YAML files and the command line are parsed in `pipelines/cli.py`; this module only
+knows plain dictionaries, so that `yan_core` stays free of a command-line library and a config can be pickled to a worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["word", "bpe"] = "word"
+    """`word`: one token a word, for small closed vocabularies. `bpe`: byte-level byte-pair encoding, for real text."""
+    vocab_size: int = 4096
+    """Upper bound on the vocabulary, special tokens included."""
+    lowercase: bool = False
+    """Lower-case the text first; the case is then lost in answers too."""
+    sample_rows: int = 50_000
+    """Rows of the corpus read to train the vocabulary."""
+
+    def __post_init__(self) -> None:
+        least = 260 if self.kind == "bpe" else 8
+        _require(
+            self.vocab_size >= least,
+            f"tokenizer.vocab_size must be >= {least} for kind={self.kind}, got {self.vocab_size}",
+        )
+        _require(self.sample_rows >= 1, f"tokenizer.sample_rows must be >= 1, got {self.sample_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A token encoder: embedding, positions, bidirectional blocks (METHOD: arXiv:2604.15009, stage 1)."""
+
+    num_blocks: int = 2
+    """Bidirectional Transformer blocks."""
+    conv_kernel: int = 0
+    """Width of a short depthwise convolution before each block; 0 = none. 7 lets a small source encoder bind the words
+    of one statement, without which bAbI stays on a plateau (EXPERIMENTS, 2026-11-23)."""
+    embed_std: float = 0.02
+    """Standard deviation of the initial token embeddings; 0.5 suits a vocabulary of tens of words."""
+    positions: tuple[str, ...] = ("rotary", "start")
+    """Any of `rotary` (in the attention), `start` (learned, from the first token), `end` (learned, from the last)."""
+
+    def __post_init__(self) -> None:
+        allowed = ("rotary", "start", "end")
+        wrong = [p for p in self.positions if p not in allowed]
+        _require(not wrong, f"encoder.positions must be from {allowed}, got {wrong}")
+        _require(
+            self.conv_kernel == 0 or self.conv_kernel % 2 == 1,
+            f"encoder.conv_kernel must be 0 or odd, got {self.conv_kernel}",
+        )
+        _require(self.num_blocks >= 1, f"encoder.num_blocks must be >= 1, got {self.num_blocks}")
+        _require(self.embed_std > 0, f"encoder.embed_std must be > 0, got {self.embed_std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of the autoencoder and of the mixture-of-experts flow (arXiv:2604.15009)."""
+
+    d_model: int = 128
+    """Width of every latent."""
+    num_heads: int = 4
+    """Attention heads."""
+    ffn_multiple: int = 4
+    """Hidden width of a feed-forward layer, as a multiple of d_model."""
+    dropout: float = 0.0
+    """Dropout after each sub-layer of the encoders and of the flow, in training only."""
+    max_positions: int = 512
+    """Longest source or target, in tokens."""
+    target_encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Turns the clean target into x_1."""
+    source_encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(positions=("rotary", "start", "end")))
+    """Reads the source. A fresh encoder that trains with the flow while the target encoder, which defines x_1, stays
+    frozen, beat a shared one (EXPERIMENTS, 2026-11-23)."""
+    share_encoder: bool = False
+    """Use the target encoder for the source too, as the paper does; `source_encoder` is then not built."""
+    decoder_blocks: int = 2
+    """Residual feed-forward blocks of the token-wise decoder."""
+    flow_blocks: int = 2
+    """Blocks of the flow trunk."""
+    cross_attention_every: int = 1
+    """Cross-attention to the source in every n-th flow block."""
+    num_experts: int = 4
+    """Expert velocity heads K; 1 is plain flow matching."""
+    expert_scope: Literal["token", "segment", "sequence"] = "sequence"
+    """What one draw of an expert covers. The paper draws by token; tokens that draw alone mix two right answers into a
+    wrong one (EXPERIMENTS, 2026-11-23)."""
+    segment_length: int = 16
+    """Tokens of a segment where expert_scope is `segment`."""
+    gate_temperature: float = 1.0
+    """Divides the gate's logits."""
+    init_noise: float = 1.0
+    """Standard deviation of the source noise x_0."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_heads >= 1 and self.d_model % (2 * self.num_heads) == 0,
+            f"model.d_model={self.d_model} must be a multiple of 2 * model.num_heads={2 * self.num_heads} "
+            "(rotary positions need an even head width)",
+        )
+        for name in ("decoder_blocks", "flow_blocks", "cross_attention_every", "num_experts", "segment_length"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
+        _require(self.gate_temperature > 0, f"model.gate_temperature must be > 0, got {self.gate_temperature}")
+        _require(self.init_noise > 0, f"model.init_noise must be > 0, got {self.init_noise}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLossConfig:
+    """Stage 1: denoising autoencoder (arXiv:2604.15009, stage 1)."""
+
+    latent_noise: float = 0.5
+    """Each sequence's latents get noise of a standard deviation drawn from U(0, latent_noise), in training only."""
+    clean_share: float = 0.3
+    """Share of rows that are not corrupted; at inference the target encoder sees clean text only."""
+    mask_share: float = 0.12
+    """Share of tokens put under span masks in a corrupted row."""
+    max_span: int = 3
+    """Longest masked span, in tokens."""
+    weight_l2: float = 1e-4
+    """Weight of the mean squared latent."""
+    weight_mmd: float = 0.1
+    """Weight of the maximum mean discrepancy between latents and N(0, I)."""
+    mmd_tokens: int = 512
+    """Most token vectors used for the discrepancy in a step (the paper: 2,000)."""
+
+    def __post_init__(self) -> None:
+        for name in ("clean_share", "mask_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"autoencoder_loss.{name} must be in [0, 1], got {value}")
+        _require(self.max_span >= 1, f"autoencoder_loss.max_span must be >= 1, got {self.max_span}")
+        _require(self.mmd_tokens >= 2, f"autoencoder_loss.mmd_tokens must be >= 2, got {self.mmd_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowLossConfig:
+    """Stages 2 and 3: mixture-of-experts flow matching and the losses through the solver (arXiv:2604.15009)."""
+
+    sigma: float = 1.0
+    """Standard deviation of a velocity component around its expert; large values give plain flow matching."""
+    likelihood: Literal["joint", "marginal"] = "joint"
+    """`joint` ties one expert to the path at t = 0 and at t; `marginal` is the paper's, at t alone."""
+    expert_draw: Literal["posterior", "prior"] = "posterior"
+    """Which distribution the solver's expert is drawn from in training; the paper draws from the gate's prior."""
+    solver_steps: tuple[int, ...] = (1, 2, 3, 4)
+    """The number of Euler steps of the training solver is drawn from these, anew for each batch. A fixed number makes a
+    recurrence of the model that fails at every other number (EXPERIMENTS, 2026-11-23)."""
+    time_alpha: float = 1.0
+    """t ~ Beta(time_alpha, time_beta)."""
+    time_beta: float = 1.0
+    """See time_alpha."""
+    weight_flow: float = 1.0
+    """Weight of the mixture's negative log-likelihood, divided by d_model and by the tokens of a row."""
+    weight_end: float = 1.0
+    """Weight of the mean squared error of the solver's endpoint."""
+    weight_ce: float = 1.0
+    """Weight of the cross-entropy of the decoded endpoint."""
+    weight_balance: float = 0.01
+    """Weight of KL(mean gate || uniform) at t = 0."""
+    weight_entropy: float = 0.0
+    """Weight of the entropy bonus of the gate at t = 0."""
+    source_mask_share: float = 0.0
+    """Share of source tokens replaced by the mask token in training, a regulariser for small data."""
+    corpus_mask_share: float = 0.12
+    """Stage 2 on plain text: share of tokens under span masks in the source."""
+    corpus_max_span: int = 3
+    """Stage 2 on plain text: longest masked span."""
+
+    def __post_init__(self) -> None:
+        _require(self.sigma > 0, f"flow_loss.sigma must be > 0, got {self.sigma}")
+        _require(
+            len(self.solver_steps) > 0 and min(self.solver_steps) >= 1,
+            f"flow_loss.solver_steps must name step counts >= 1, got {self.solver_steps}",
+        )
+        for name in ("time_alpha", "time_beta"):
+            value = getattr(self, name)
+            _require(value > 0, f"flow_loss.{name} must be > 0, got {value}")
+        for name in ("source_mask_share", "corpus_mask_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"flow_loss.{name} must be in [0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Linear warm-up, in optimizer steps."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; `linear` and `cosine` end at 2 % of the peak."""
+    weight_decay: float = 0.01
+    """On matrices only; never on biases, norms and embeddings."""
+    beta2: float = 0.98
+    """AdamW's second beta (the first is 0.9)."""
+    clip_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
+        _require(self.clip_norm > 0, f"optim.clip_norm must be > 0, got {self.clip_norm}")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
+        _require(0 < self.beta2 < 1, f"optim.beta2 must be in (0, 1), got {self.beta2}")
+
+
+Part = Literal["target_encoder", "decoder", "source_encoder", "flow"]
+"""A part of the model that a stage can train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training. `max_steps` 0 leaves the stage out."""
+
+    max_steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Rows of a step over all workers."""
+    trains: tuple[Part, ...] = ("source_encoder", "flow")
+    """Parts that learn; the others are frozen."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer of this stage."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_steps >= 0, f"stage.max_steps must be >= 0, got {self.max_steps}")
+        _require(self.batch_size >= 1, f"stage.batch_size must be >= 1, got {self.batch_size}")
+        _require(len(self.trains) > 0, "stage.trains must name at least one part of the model, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    """The three stages of arXiv:2604.15009, in order."""
+
+    autoencoder: StageConfig = field(default_factory=lambda: StageConfig(trains=("target_encoder", "decoder")))
+    """Stage 1: target encoder and decoder, on the corpus and on the task's targets."""
+    flow: StageConfig = field(default_factory=StageConfig)
+    """Stage 2: the flow on the corpus, filling masked spans."""
+    finetune: StageConfig = field(default_factory=StageConfig)
+    """Stage 3: the flow on the task's (source, target) pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """A named data set: where its rows are and which columns mean what."""
+
+    format: Literal["world", "world_stories", "parquet", "jsonl", "csv", "text", "huggingface"] = "parquet"
+    """`world` and `world_stories` are the built-in simulator's questions and plain stories; `text` gives one row a line, in the column `text`."""
+    path: str = ""
+    """Hugging Face: the data set's name or a local folder of it."""
+    config_name: str | None = None
+    """Hugging Face: the data set's configuration."""
+    train: str = ""
+    """File, folder or glob of the training rows, below data.root or with a scheme (s3://, gs://). Hugging Face: split."""
+    validation: str = ""
+    """The same for validation rows."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Template field -> column, where the names differ."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Row filter: column -> the value it must have. The other rows are not part of the data set."""
+    num_train: int = 20_000
+    """World: how many training examples (and stories) to draw."""
+    num_validation: int = 1_000
+    """World: how many validation examples."""
+    kinds: tuple[str, ...] = ()
+    """World: kinds of question; none named = all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows, as which task, in which lengths."""
+
+    root: str = "."
+    """Folder or URL that relative paths of data sets start from."""
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Data sets by name, beside the built-in `world`."""
+    dataset: str = "world"
+    """The data set of the task: fine-tuned on and evaluated."""
+    corpus: str = ""
+    """The data set of plain text for stages 1 and 2; empty: the text of the task's own rows (world: its stories)."""
+    corpus_column: str = "text"
+    """Column of `corpus` that holds the text."""
+    task: str = "question_answering"
+    """Template that turns a row into (source, target); see yan_core/tasks.py."""
+    max_source_tokens: int = 96
+    """Longest source; what is over is cut at the template's side, and counted."""
+    max_target_tokens: int = 16
+    """Length of every target: the answer, then end-of-text to the end. A longer answer is a bad row."""
+    window_tokens: int = 32
+    """Length of the corpus windows of stages 1 and 2."""
+    bad_rows_allowed: float = 0.0
+    """Share of rows that may be unusable (null, wrong type, target too long); they are counted and set aside."""
+    shuffle: bool = True
+    """Shuffle all training rows once, when they are prepared; switch off for a corpus larger than the cluster."""
+    shuffle_buffer: int = 4096
+    """Rows each worker shuffles over while it reads, anew each epoch."""
+    rows_per_shard: int = 4_096
+    """Rows of an output file."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_tokens", "max_target_tokens", "window_tokens", "shuffle_buffer", "rows_per_shard"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name} must be >= 1, got {value}")
+        _require(
+            0 <= self.bad_rows_allowed <= 1, f"data.bad_rows_allowed must be in [0, 1], got {self.bad_rows_allowed}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """How training spreads over the cluster; the only section that changes from laptop to cluster."""
+
+    num_workers: int = 2
+    """Ray Train workers."""
+    use_gpu: bool = False
+    """One GPU a worker; bfloat16 autocast is then used."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs a worker reserves; its PyTorch threads follow."""
+    max_failures: int = 3
+    """Worker failures after which a stage is given up."""
+    checkpoint_every_s: float = 20.0
+    """Seconds between checkpoints, besides the one at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept of a running stage."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 1, f"scaling.num_workers must be >= 1, got {self.num_workers}")
+        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker must be > 0, got {self.cpus_per_worker}")
+        _require(self.keep_checkpoints >= 1, f"scaling.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+        _require(self.checkpoint_every_s > 0, f"scaling.checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured after training."""
+
+    num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
+    """Solver steps to evaluate the one model at."""
+    max_rows: int = 1_500
+    """Most validation rows."""
+    batch_size: int = 64
+    """Rows of a batch."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.num_steps) > 0 and min(self.num_steps) >= 1,
+            f"evaluation.num_steps must name step counts >= 1, got {self.num_steps}",
+        )
+        _require(self.max_rows >= 1, f"evaluation.max_rows must be >= 1, got {self.max_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow."""
+
+    uri: str = ""
+    """Tracking store; empty: MLFLOW_TRACKING_URI, else a SQLite file in the runs folder."""
+    experiment: str = "yan"
+    """Experiment name."""
+    model_name: str = ""
+    """Name in the model registry; empty: `yan-<run name>`."""
+    alias: str = "champion"
+    """Alias given to the new version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run from raw text to a registered model."""
+
+    name: str = "world"
+    """The run's name and its folder below runs_dir."""
+    runs_dir: str = "runs"
+    """Where runs keep their data, checkpoints and model."""
+    seed: int = 0
+    """Every random draw follows from it."""
+    log_every_s: float = 5.0
+    """Seconds between progress lines."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Rows and task."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to token ids."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture."""
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    """Objective of stage 1."""
+    flow_loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    """Objective of stages 2 and 3."""
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    """Steps, batch and optimizer of each stage."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Workers and checkpoints."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured at the end."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and not set(self.name) & set('/\\ "'),
+            f"name must be a folder name without spaces or slashes, got {self.name!r}",
+        )
+        longest = max(self.data.max_source_tokens, self.data.max_target_tokens, self.data.window_tokens)
+        _require(
+            longest <= self.model.max_positions,
+            f"model.max_positions={self.model.max_positions} is below the longest sequence of data.*_tokens, {longest}",
+        )
+        for stage in dataclasses.fields(self.stages):
+            batch_size = getattr(self.stages, stage.name).batch_size
+            _require(
+                batch_size % self.scaling.num_workers == 0,
+                f"stages.{stage.name}.batch_size={batch_size} must be a multiple of "
+                f"scaling.num_workers={self.scaling.num_workers}",
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain dictionaries, lists and scalars, ready for YAML or JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a config dataclass from nested dictionaries, strictly.
+
+    Args:
+        cls: A dataclass of this module.
+        values: Its settings; what is left out keeps its default.
+        where: Dotted key of this section, for messages.
+
+    Raises:
+        ValueError: On an unknown key (the nearest known one is offered), a wrong type or a value out of range; the
+            message starts with the dotted key.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'config'} must be a mapping of settings, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+    kwargs = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ValueError(unknown_name(dotted, str(key), known))
+        kwargs[key] = _convert(hints[key], value, dotted)
+    try:
+        return cls(**kwargs)
+    except ValueError as error:  # a section used in several places does not know where it stands
+        if not where or str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {error}") from error
+
+
+def unknown_name(dotted: str, name: str, known: list[str]) -> str:
+    """Say that a name is unknown, and which known one is nearest."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{dotted}: unknown name {name!r}{hint} Allowed: {', '.join(sorted(known))}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(Any, hint), value, where)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value

@@ -1,0 +1,102 @@
+"""Text in, text out: the sampler with its tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from yan_core.batching import pad_rows
+from yan_core.model import YanModel
+from yan_core.sampler import sample
+from yan_core.tasks import get_task
+from yan_core.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        text: The answer.
+        tokens: Its token ids, before the first end-of-text token.
+        source_tokens: Tokens of the source that were read.
+        source_tokens_cut: Tokens of the source that were cut off to fit.
+        num_steps: Solver steps.
+        nfe: Trunk passes.
+        finished: Whether the text ended by itself rather than at the limit.
+        latency_ms: Time of the whole batch from text to text, in milliseconds.
+    """
+
+    text: str
+    tokens: list[int]
+    source_tokens: int
+    source_tokens_cut: int
+    num_steps: int
+    nfe: int
+    finished: bool
+    latency_ms: float
+
+
+class TextGenerator:
+    """A loaded model that answers texts."""
+
+    def __init__(self, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:
+        """Join model, tokenizer and the details they were saved with."""
+        self.model, self.tokenizer, self.details = model, tokenizer, details
+        self.task = get_task(details["task"])
+        self.max_source_tokens = int(details["max_source_tokens"])
+        self.max_target_tokens = int(details["max_target_tokens"])
+        self.device = next(model.parameters()).device
+
+    def generate(
+        self,
+        sources: Sequence[str],
+        num_steps: int = 3,
+        max_tokens: int | None = None,
+        seeds: Sequence[int] | int = 0,
+    ) -> list[Generation]:
+        """Answer a batch of sources at once.
+
+        Args:
+            sources: Texts as the model's task template makes them.
+            num_steps: Solver steps, >= 1.
+            max_tokens: Longest answer, in tokens, up to the model's max_positions; None: what it was trained for.
+            seeds: One seed, or one a source, each in [0, 2**63). The same source and seed give the same answer in any
+                batch.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if not sources:
+            return []
+        started = time.perf_counter()
+        seeds = [seeds] * len(sources) if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != len(sources):
+            raise ValueError(f"seeds must be one number or one a source: got {len(seeds)} for {len(sources)} sources")
+        length = self.max_target_tokens if max_tokens is None else max_tokens
+        encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
+        ids, mask = pad_rows([e.ids for e in encodings], Tokenizer.pad_id)
+        drawn = sample(
+            self.model, ids.to(self.device), mask.to(self.device), length, torch.tensor(seeds), num_steps
+        )
+        rows = drawn.ids.tolist()
+        answers = [self.tokenizer.until_eos(row) for row in rows]
+        texts = [self.tokenizer.decode(answer) for answer in answers]
+        latency_ms = (time.perf_counter() - started) * 1000
+        return [
+            Generation(
+                text=text,
+                tokens=answer,
+                source_tokens=len(encoding.ids),
+                source_tokens_cut=encoding.num_cut,
+                num_steps=num_steps,
+                nfe=drawn.nfe,
+                finished=len(answer) < length,
+                latency_ms=latency_ms,
+            )
+            for text, answer, encoding in zip(texts, answers, encodings, strict=True)
+        ]

@@ -1,0 +1,142 @@
+"""Mixture of velocity experts: heads, gate, likelihood, and the draw of one expert.
+
+Shapes: B batch, L length, D d_model, K experts, F hidden width, S scopes of a row (L tokens, its segments, or 1 for the
+whole sequence). One draw of an expert covers a scope.
+
+Source: arXiv:2604.15009 (mixture, token-wise gate). The joint likelihood, the posterior draw and scopes wider than a
+token are ours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yan_core.config import ModelConfig
+
+
+class ExpertHeads(nn.Module):
+    """K feed-forward heads D -> F -> D, each a velocity field on the trunk's features."""
+
+    def __init__(self, num_experts: int, d_model: int, ffn_multiple: int) -> None:
+        super().__init__()
+        hidden = ffn_multiple * d_model
+        self.w_in_KDF = nn.Parameter(torch.empty(num_experts, d_model, hidden))
+        self.b_in_KF = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.w_out_KFD = nn.Parameter(torch.empty(num_experts, hidden, d_model))
+        self.b_out_KD = nn.Parameter(torch.zeros(num_experts, d_model))
+        for weight, fan_in in ((self.w_in_KDF, d_model), (self.w_out_KFD, hidden)):
+            nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @property
+    def num_experts(self) -> int:
+        """K."""
+        return self.w_in_KDF.shape[0]
+
+    def forward(self, features_BLD: Tensor) -> Tensor:
+        """Velocities of all experts, [batch, length, num_experts, d_model]."""
+        x_ND = features_BLD.flatten(0, 1)
+        h_KNF = F.gelu(torch.baddbmm(self.b_in_KF[:, None], x_ND.expand(self.num_experts, -1, -1), self.w_in_KDF))
+        v_KND = torch.baddbmm(self.b_out_KD[:, None], h_KNF, self.w_out_KFD)
+        return v_KND.transpose(0, 1).unflatten(0, features_BLD.shape[:2])
+
+    def one(self, features_BLD: Tensor, expert_BL: Tensor) -> Tensor:
+        """Velocity of each token's own expert alone, [batch, length, d_model]; equal to `forward` gathered.
+
+        Args:
+            features_BLD: Trunk features, [batch, length, d_model].
+            expert_BL: Expert of each token, int64, [batch, length].
+        """
+        x_ND, expert_N = features_BLD.flatten(0, 1), expert_BL.flatten()
+        if self.num_experts == 1:
+            return self._head(x_ND, 0).view_as(features_BLD)
+        order = expert_N.argsort(stable=True)
+        counts = torch.bincount(expert_N, minlength=self.num_experts).tolist()
+        parts = x_ND[order].split(counts)
+        done_ND = torch.cat([self._head(part, k) for k, part in enumerate(parts) if len(part)])
+        out_ND = torch.empty_like(done_ND).index_copy(0, order, done_ND)
+        return out_ND.view_as(features_BLD)
+
+    def _head(self, x_ND: Tensor, k: int) -> Tensor:
+        return F.gelu(x_ND @ self.w_in_KDF[k] + self.b_in_KF[k]) @ self.w_out_KFD[k] + self.b_out_KD[k]
+
+
+class Gate(nn.Module):
+    """Token-wise mixture weights from [trunk feature, mean source latent, time embedding], before the softmax."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.temperature = config.gate_temperature
+        self.mlp = nn.Sequential(
+            nn.Linear(3 * config.d_model, config.d_model), nn.GELU(), nn.Linear(config.d_model, config.num_experts)
+        )
+
+    def forward(self, features: Tensor, source_mean: Tensor, time: Tensor) -> Tensor:
+        """Logits [batch, length, num_experts] of features [batch, length, d_model] and two [batch, d_model]."""
+        length = features.shape[1]
+        context = torch.cat([source_mean, time], dim=-1)[:, None].expand(-1, length, -1)
+        return self.mlp(torch.cat([features, context], dim=-1)) / self.temperature
+
+
+def scope_length(config: ModelConfig, length: int) -> int:
+    """Tokens that share one draw of an expert, for rows of `length` tokens."""
+    return {"token": 1, "segment": min(config.segment_length, length), "sequence": length}[config.expert_scope]
+
+
+def sum_scopes(values_BLK: Tensor, mask_BL: Tensor, tokens: int) -> Tensor:
+    """Sum over the real tokens of each scope of `tokens` tokens: [batch, scopes, num_experts]."""
+    values = values_BLK * mask_BL[..., None]
+    short = -values.shape[1] % tokens
+    return F.pad(values, (0, 0, 0, short)).unflatten(1, (-1, tokens)).sum(2)
+
+
+def gate_log_probs(logits_BLK: Tensor, mask_BL: Tensor, tokens: int) -> Tensor:
+    """Log mixture weights of each scope, from its tokens' mean logits: [batch, scopes, num_experts]."""
+    count = sum_scopes(torch.ones_like(logits_BLK[..., :1]), mask_BL, tokens).clamp_min(1)
+    return F.log_softmax((sum_scopes(logits_BLK, mask_BL, tokens) / count).float(), dim=-1)
+
+
+def velocity_log_likelihood(v_BLKD: Tensor, u_BLD: Tensor, mask_BL: Tensor, sigma: float, tokens: int) -> Tensor:
+    """log N(u | v_k, sigma^2 I) of each scope, without the normalising constant: [batch, scopes, num_experts]."""
+    squared_BLK = (v_BLKD - u_BLD[:, :, None]).float().square().sum(-1)
+    return sum_scopes(squared_BLK, mask_BL, tokens) * (-0.5 / sigma**2)
+
+
+def draw_expert(log_probs_BSK: Tensor, uniforms_BS: Tensor) -> Tensor:
+    """Draw an expert a scope by the inverse of its distribution function.
+
+    Args:
+        log_probs_BSK: Log weights, they need not be normalised, [batch, scopes, num_experts].
+        uniforms_BS: Uniform numbers in (0, 1), [batch, scopes].
+
+    Returns:
+        int64, [batch, scopes].
+    """
+    cumulative = log_probs_BSK.detach().float().softmax(-1).cumsum(-1)
+    drawn = (cumulative < uniforms_BS[..., None] * cumulative[..., -1:]).sum(-1)
+    return drawn.clamp_max(log_probs_BSK.shape[-1] - 1)
+
+
+def spread(expert_BS: Tensor, tokens: int, length: int) -> Tensor:
+    """Each scope's expert given to its tokens: [batch, scopes] -> [batch, length]."""
+    return expert_BS.repeat_interleave(tokens, dim=1)[:, :length]
+
+
+def gather_expert(v_BLKD: Tensor, expert_BL: Tensor) -> Tensor:
+    """The velocity of each token's expert: [batch, length, d_model]."""
+    index = expert_BL[:, :, None, None].expand(-1, -1, 1, v_BLKD.shape[-1])
+    return v_BLKD.gather(2, index).squeeze(2)
+
+
+def balance_loss(log_probs_BSK: Tensor) -> Tensor:
+    """KL(mean gate || uniform), a scalar; 0 when the experts are used alike."""
+    mean_K = log_probs_BSK.exp().mean((0, 1))
+    return (mean_K * (mean_K.clamp_min(1e-9).log() + math.log(len(mean_K)))).sum()
+
+
+def gate_entropy(log_probs_BSK: Tensor) -> Tensor:
+    """Mean entropy of the gate, in nats, a scalar."""
+    return -(log_probs_BSK.exp() * log_probs_BSK).sum(-1).mean()

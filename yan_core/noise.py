@@ -1,0 +1,83 @@
+"""Counter-based random numbers: every draw is a function of (key, stream, index), never of the order of calls.
+
+A row keeps its noise wherever it lands in a batch, on whichever worker, at whatever padding; a served request keeps its
+answer in any company. Integer hashing in int64 runs the same on every device.
+
+Source of the mixer: C. Wellons, "Prospecting for Hash Functions" (`lowbias32`), 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a draw is for; draws of different streams are independent."""
+
+    SOURCE_NOISE = 1
+    TIME = 2
+    EXPERT = 3
+    LATENT_SCALE = 4
+    LATENT_NOISE = 5
+    CORRUPTION = 6
+    FILL = 7
+    SOURCE_MASK = 8
+    MMD = 9
+    CLEAN = 10
+    SOLVER_STEPS = 11
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def fold(keys: Tensor, value: int | Tensor) -> Tensor:
+    """Derive new keys from keys and a number (an epoch, a seed, a stream).
+
+    Args:
+        keys: int64, [batch].
+        value: A number, or one per key.
+
+    Returns:
+        int64 keys in [0, 2**32), [batch].
+    """
+    high = (keys >> 32) & _MASK
+    value_low = value & _MASK
+    value_high = (value >> 32) & _MASK
+    mixed = _mix(_mix(keys) + _mix(high + 0x9E3779B9) * 3)
+    return _mix(_mix(mixed ^ value_low) + value_high * 5 + 0x85EBCA6B)
+
+
+def uniform(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in (0, 1), float32.
+
+    Args:
+        keys: One key per row, int64, [batch].
+        stream: What the draw is for.
+        shape: Shape of one row's draw. A longer first axis only appends: the first numbers stay as they were.
+
+    Returns:
+        [batch, *shape].
+    """
+    count = math.prod(shape)
+    index = torch.arange(count, device=keys.device, dtype=torch.int64)
+    row = fold(keys, int(stream))[:, None]
+    # 23 bits, [batch, count]: with 24 the half added is rounded, and one draw in 2**24 is exactly 1.
+    bits = _mix(_mix(index[None, :] * 0x9E3779B1 + row) ^ (row >> 7)) >> 9
+    return ((bits.to(torch.float32) + 0.5) * 2.0**-23).reshape(len(keys), *shape)
+
+
+def normal(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, float32, by Box-Muller; arguments and result as `uniform`."""
+    pair = uniform(keys, stream, (*shape, 2))
+    radius = torch.sqrt(-2.0 * torch.log(pair[..., 0]))
+    return radius * torch.cos(2.0 * math.pi * pair[..., 1])

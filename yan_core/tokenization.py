@@ -1,0 +1,135 @@
+"""Text <-> token ids, with a vocabulary trained on the corpus.
+
+Both kinds keep spaces inside the tokens, so that decoding an encoding gives the text back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from yan_core.config import TokenizerConfig
+
+PAD, EOS, UNK, MASK = "<pad>", "<eos>", "<unk>", "<mask>"
+SPECIAL_TOKENS = (PAD, EOS, UNK, MASK)
+"""Padding, end of text, unknown word, masked span; their ids are 0 to 3."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids of one text, and how many tokens were cut off to fit."""
+
+    ids: list[int]
+    num_cut: int
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with YAN's special tokens.
+
+    In a text, `<mask>` stands for a masked span; the other special tokens are never read from text.
+    """
+
+    pad_id, eos_id, unk_id, mask_id = range(4)
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Wrap a tokenizer whose first four ids are SPECIAL_TOKENS.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        found = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        if found != [0, 1, 2, 3]:
+            raise ValueError(f"the tokenizer's ids of {SPECIAL_TOKENS} must be 0 to 3, got {found}")
+        self.backend = backend
+
+    @classmethod
+    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+        """Learn a vocabulary.
+
+        Args:
+            texts: The corpus, or a sample of it.
+            config: Kind and size of the vocabulary.
+
+        Raises:
+            ValueError: If the texts hold no word.
+        """
+        # The mask takes the space before it, or that space would be a token which no masked text of training holds.
+        special_tokens = [AddedToken(token, special=True, lstrip=token == MASK) for token in SPECIAL_TOKENS]
+        if config.kind == "word":
+            backend = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(SPECIAL_TOKENS)}, unk_token=UNK))
+            # Each word or run of punctuation keeps the space before it ("▁"), so the text can be put together again.
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+                    pre_tokenizers.Split(Regex(r"▁?\w+|▁?[^\w▁]|▁"), behavior="isolated"),
+                ]
+            )
+            backend.decoder = decoders.Metaspace(prepend_scheme="always")
+            trainer = trainers.WordLevelTrainer(
+                vocab_size=config.vocab_size, special_tokens=special_tokens, show_progress=False
+            )
+        else:
+            backend = tokenizers.Tokenizer(models.BPE(unk_token=UNK))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            backend.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=config.vocab_size,
+                special_tokens=special_tokens,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+        if config.lowercase:
+            backend.normalizer = normalizers.Lowercase()
+        backend.train_from_iterator(texts, trainer)
+        if config.kind == "word" and backend.get_vocab_size() <= len(SPECIAL_TOKENS):
+            raise ValueError("no word was found to make a vocabulary of: the corpus is empty or blank")
+        return cls(backend)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Read a tokenizer from the text of its `tokenizer.json`."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json`, readable by the `tokenizers` and `transformers` libraries."""
+        return self.backend.to_str(pretty=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special tokens included."""
+        return self.backend.get_vocab_size()
+
+    def encode_batch(
+        self, texts: Sequence[str], max_tokens: int | None = None, keep: Literal["start", "end"] = "start"
+    ) -> list[Encoding]:
+        """Encode texts.
+
+        Args:
+            texts: Texts.
+            max_tokens: Longest result, in tokens; None: no limit.
+            keep: Which end of a longer text stays.
+
+        Returns:
+            One encoding a text; no special token is added.
+        """
+        result = []
+        for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False):
+            ids = [i if i not in (self.pad_id, self.eos_id) else self.unk_id for i in found.ids]
+            num_cut = 0 if max_tokens is None else max(0, len(ids) - max_tokens)
+            if num_cut:
+                ids = ids[num_cut:] if keep == "end" else ids[:max_tokens]
+            result.append(Encoding(ids=ids, num_cut=num_cut))
+        return result
+
+    def until_eos(self, ids: Sequence[int]) -> list[int]:
+        """The ids before the first end-of-text token."""
+        ids = list(ids)
+        return ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, up to the first end-of-text token; padding and unknown words are left out."""
+        return self.backend.decode(self.until_eos(ids), skip_special_tokens=True).strip()

@@ -1,0 +1,131 @@
+"""One optimizer step and its schedule, without Ray."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from yan_core.batching import Batch
+from yan_core.config import OptimConfig, Part
+from yan_core.model import YanModel
+from yan_core.noise import Stream, fold, uniform
+
+
+class TrainingFailed(RuntimeError):
+    """A stage of training gave up; the message says why."""
+
+
+class NonFiniteLoss(TrainingFailed):
+    """The loss or its gradient is infinite or not a number; the weights were left as they were."""
+
+
+def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
+    """The modules that each trainable part of the model consists of."""
+    source = [model.source_encoder] if model.source_encoder is not None else []
+    return {
+        "target_encoder": [model.target_encoder],
+        "decoder": [model.decoder],
+        "source_encoder": source,
+        "flow": [model.flow],
+    }
+
+
+def freeze_all_but(model: YanModel, trains: tuple[Part, ...]) -> None:
+    """Let only the named parts of the model learn."""
+    model.requires_grad_(False)
+    for part in trains:
+        for module in parts_of(model)[part]:
+            module.requires_grad_(True)
+
+
+def set_training_mode(model: YanModel, trains: tuple[Part, ...]) -> None:
+    """Dropout on in the parts that learn and off in the frozen ones, whose latents must not move."""
+    model.eval()
+    for part in trains:
+        for module in parts_of(model)[part]:
+            module.train()
+
+
+def build_optimizer(model: YanModel, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what learns; weight decay on matrices only, never on embeddings, norms and biases."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    expert_biases = {id(model.flow.experts.b_in_KF), id(model.flow.experts.b_out_KD)}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in tables | expert_biases
+            (decayed if matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, config.beta2))
+
+
+def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    shape = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (0.02 + 0.98 * shape)
+
+
+def draw_solver_steps(choices: tuple[int, ...], seed: int, step: int) -> int:
+    """Solver steps of one training step: the same on every worker."""
+    key = fold(torch.tensor([seed]), step)
+    return choices[int(float(uniform(key, Stream.SOLVER_STEPS, ())) * len(choices))]
+
+
+class _Loss(Protocol):
+    def __call__(self, batch: Batch, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def train_step(
+    objective: _Loss,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    lr: float,
+    clip_norm: float,
+    bf16: bool = False,
+) -> dict[str, Tensor]:
+    """One forward, backward and update.
+
+    Args:
+        objective: Gives the total loss and its parts; an `Objective`, or one wrapped for data parallelism.
+        batch: Rows of this worker, on the objective's device.
+        optimizer: Over the parameters that learn.
+        num_steps: Solver steps of this batch.
+        lr: Learning rate of this step.
+        clip_norm: Largest gradient norm.
+        bf16: Whether to run the forward pass in bfloat16 autocast.
+
+    Returns:
+        `loss`, its parts and `grad_norm`, detached scalars on the device.
+
+    Raises:
+        NonFiniteLoss: Before the update, if the gradient is not finite; names the parts of the loss.
+    """
+    device = batch.keys.device.type
+    with torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext():
+        loss, parts = objective(batch, num_steps)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if not bool(torch.isfinite(grad_norm)):
+        shown = ", ".join(f"{k}={float(v):.4g}" for k, v in parts.items())
+        raise NonFiniteLoss(
+            f"the gradient is not finite (loss={float(loss):.4g}, {shown}); the weights were left as they were. "
+            "Lower optim.lr or optim.clip_norm, or look at the last batch."
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return {"loss": loss.detach(), **parts, "grad_norm": grad_norm}
+
+
