@@ -160,12 +160,24 @@ def _serve(args: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model")
     parser.add_argument("--num-steps", type=int, default=3, help="solver steps where a request names none")
+    parser.add_argument("--gpu", action="store_true", help="one GPU a replica")
+    parser.add_argument(
+        "--address", default=None, help="Ray cluster to serve on; default: RAY_ADDRESS, else a local one"
+    )
     parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
     chosen = parser.parse_args(args)
     import importlib
 
-    launch = importlib.import_module("serve.launch")  # named as a string: pipelines never imports serve
-    launch.main(chosen)
+    # Named as strings: pipelines never imports serve but here.
+    launch, schemas = importlib.import_module("serve.launch"), importlib.import_module("serve.schemas")
+    app_args = schemas.AppArgs(
+        model=chosen.model,
+        num_replicas=chosen.replicas,
+        num_steps=chosen.num_steps,
+        tracking_uri=chosen.tracking_uri,
+        use_gpu=chosen.gpu,
+    )
+    launch.serve_blocking(app_args, chosen.host, chosen.port, chosen.address)
     return 0
 
 
@@ -222,15 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks stop what we started
-    from yan_core.training import TrainingFailed
-
     try:
         return COMMANDS[args[0]][1](args[1:])
     except KeyboardInterrupt:
         print("\nyan: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, TrainingFailed, OSError) as error:
-        if os.environ.get("YAN_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        ours = type(error).__module__.split(".")[0] in ("yan_core", "pipelines", "serve")
+        if os.environ.get("YAN_TRACEBACK") or (isinstance(error, RuntimeError) and not ours):
             raise
         print(f"yan {args[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -41,6 +41,7 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
         ray.init(**common)
     else:
         logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # else it warns of "too many" workers
         ray.init(num_cpus=logical, include_dashboard=False, **common)
     try:
         yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -14,7 +16,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -77,7 +78,7 @@ def serve_blocking(
             signal.signal(number, handler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_server(
     args: AppArgs, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None, timeout_s: float = 300.0
 ) -> Iterator[str]:
@@ -145,6 +146,8 @@ def _start_ray(args: AppArgs, ray_address: str | None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot reach Ray at {address}: {_last_line(str(error))}") from error
         return
+    # Behind HAProxy a replica stays half a minute for load balancers to look away; here there are none.
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
     # CPUs are logical: two replicas on one core are slow, not impossible. The store holds no data of ours.
     logical = max(os.cpu_count() or 1, math.ceil(args.num_replicas * args.cpus_per_replica))
     ray.init(address="local", num_cpus=logical, object_store_memory=256 * 2**20, include_dashboard=False, **common)
@@ -225,9 +228,12 @@ def _stop(own_serve: bool, own_ray: bool) -> None:
     ours = set(psutil.Process().children(recursive=True)) if own_ray else set()
     if own_serve:
         ours |= _haproxies()
-        ray_serve.shutdown()
-    if own_ray:
-        ray.shutdown()
+    # Serve kills its controller while it waits for it, and a thread of Ray's prints a warning about that.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if own_serve:
+            ray_serve.shutdown()
+        if own_ray:
+            ray.shutdown()
     # Ray ends its processes without waiting for them, and HAProxy outlives its manager.
     _, alive = psutil.wait_procs(ours, timeout=5)
     end: tuple[Callable[[psutil.Process], None], ...] = (psutil.Process.terminate, psutil.Process.kill)
@@ -253,7 +259,7 @@ def _haproxies() -> set[psutil.Process]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals_ignored() -> Iterator[None]:
     """No second Ctrl-C cuts the clean-up short."""
     if threading.current_thread() is not threading.main_thread():

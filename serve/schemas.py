@@ -13,9 +13,10 @@ MAX_BODY_BYTES = 2 * 2**20
 """Most bytes of a request body: room for the longest allowed source with every character escaped."""
 
 
-def _not_blank(text: str) -> str:
+def _readable(text: str) -> str:
     if not text.strip():
         raise ValueError("blank")
+    text.encode()  # JSON can carry half a surrogate pair ("\\ud800"), which the tokenizer cannot; also a ValueError
     return text
 
 
@@ -64,7 +65,7 @@ class GenerateRequest(BaseModel):
     # Strict: "3" and true are no numbers.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    source: Annotated[str, AfterValidator(_not_blank)]
+    source: Annotated[str, AfterValidator(_readable)]
     """Text as the model's task template makes it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """The same source, settings and seed give the same answer."""
@@ -137,7 +138,7 @@ class FieldError(ValueError):
 
 
 ALLOWED = {
-    "source": "text that is not blank",
+    "source": "text in Unicode that is not blank",
     "seed": "a whole number in [0, 2**63)",
     "num_steps": "a whole number in [1, 64]",
     "max_tokens": "a whole number >= 1, up to the model's limit",

@@ -121,16 +121,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); train again or restore it from a copy") from error
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {config.get('format_version')!r}, this code reads {FORMAT_VERSION}; "
-            "use the version of YAN that wrote it"
+            f"{path} has format_version {version!r}, this code reads {FORMAT_VERSION}; use the version of YAN that wrote it"
         )
-    for name, expected in config["sha256"].items():
+    missing = {"vocab_size", "model", "details", "sha256"} - set(config)
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; restore it from a copy")
+    for name in ("model.safetensors", "tokenizer.json"):
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; the model was copied in part: copy the whole folder again")
-        if sha256_file(file) != expected:
+        if sha256_file(file) != config["sha256"].get(name):
             raise CheckpointError(
                 f"{file} is damaged: its SHA-256 is not the one in config.json (cut short while copying?); "
                 "copy the whole folder again or train again"
@@ -154,7 +157,11 @@ def from_pretrained(
         CheckpointError: If anything in it is missing, damaged or does not fit.
     """
     config = read_config(folder)
-    model = build_model(from_dict(ModelConfig, config["model"], "model"), config["vocab_size"], seed=0)
+    try:
+        model_config = from_dict(ModelConfig, config["model"], "model")
+    except ValueError as error:
+        raise CheckpointError(f"{Path(folder) / 'config.json'} describes no model of this code: {error}") from error
+    model = build_model(model_config, config["vocab_size"], seed=0)
     weights = Path(folder) / "model.safetensors"
     try:
         model.load_state_dict(load_file(weights, device=str(device)), assign=True)

@@ -54,6 +54,8 @@ class EncoderConfig:
     of one statement, without which bAbI stays on a plateau (EXPERIMENTS, 2026-11-23)."""
     embed_std: float = 0.02
     """Standard deviation of the initial token embeddings; 0.5 suits a vocabulary of tens of words."""
+    position_std: float = 0.02
+    """Standard deviation of the initial learned positions; as large as embed_std they would drown the words."""
     positions: tuple[str, ...] = ("rotary", "start")
     """Any of `rotary` (in the attention), `start` (learned, from the first token), `end` (learned, from the last)."""
 
@@ -67,6 +69,7 @@ class EncoderConfig:
         )
         _require(self.num_blocks >= 1, f"encoder.num_blocks must be >= 1, got {self.num_blocks}")
         _require(self.embed_std > 0, f"encoder.embed_std must be > 0, got {self.embed_std}")
+        _require(self.position_std >= 0, f"encoder.position_std must be >= 0, got {self.position_std}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +141,8 @@ class AutoencoderLossConfig:
     """Weight of the mean squared latent."""
     weight_mmd: float = 0.1
     """Weight of the maximum mean discrepancy between latents and N(0, I)."""
-    mmd_tokens: int = 512
-    """Most token vectors used for the discrepancy in a step (the paper: 2,000)."""
+    mmd_tokens: int = 256
+    """Most token vectors used for the discrepancy in a step (the paper: 2,000); its cost grows with their square."""
 
     def __post_init__(self) -> None:
         for name in ("clean_share", "mask_share"):

@@ -38,7 +38,7 @@ class TokenEncoder(nn.Module):
         if kind not in config.positions:
             return None
         table = nn.Embedding(model.max_positions, model.d_model)
-        nn.init.normal_(table.weight, std=config.embed_std)
+        nn.init.normal_(table.weight, std=config.position_std)
         return table
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
