@@ -107,8 +107,8 @@ def _train(args: list[str]) -> int:
     config = parse_config("train", args)
     from pipelines.run import run
 
-    result = run(config)
-    print(f"model: {result.model}")
+    result = run(config, publish=False)
+    print(f"model: {result.model}  MLflow run: {result.run_id}")
     return 0
 
 
@@ -174,11 +174,17 @@ def _serve(args: list[str]) -> int:
         model=chosen.model,
         num_replicas=chosen.replicas,
         num_steps=chosen.num_steps,
-        tracking_uri=chosen.tracking_uri,
+        tracking_uri=chosen.tracking_uri or _default_registry(),
         use_gpu=chosen.gpu,
     )
     launch.serve_blocking(app_args, chosen.host, chosen.port, chosen.address)
     return 0
+
+
+def _default_registry() -> str:
+    """The store that `yan run` makes where nothing else is named."""
+    own = Path(RunConfig().runs_dir) / "mlflow.db"
+    return f"sqlite:///{own.resolve()}" if own.is_file() and not os.environ.get("MLFLOW_TRACKING_URI") else ""
 
 
 def _config(args: list[str]) -> int:
@@ -197,7 +203,7 @@ def _quickstart(args: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
     "prepare": ("read, tokenise and write the data of a run", _prepare),
-    "train": ("the same as run", _train),
+    "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
     "serve": ("serve a model over HTTP", _serve),
     "config": ("print the resolved config", _config),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
@@ -43,6 +45,8 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
         logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # else it warns of "too many" workers
         ray.init(num_cpus=logical, include_dashboard=False, **common)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has put its own in its place
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from pipelines.sources import DataError, fields_of, find_dataset, read_files, read_rows
-from yan_core.checkpoint import atomic_folder, sha256_file
+from yan_core.checkpoint import atomic_folder, from_pretrained, sha256_file
 from yan_core.config import DataConfig, DatasetConfig, RunConfig
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import Tokenizer
@@ -257,7 +257,10 @@ def prepare(config: RunConfig, folder: Path) -> Prepared:
             corpus = pairs.map_batches(
                 SourceTexts(task, dataset, str(quarantine["corpus"])), batch_format="pyarrow", batch_size=1024
             )
-        tokenizer = _train_tokenizer(config, corpus, column, pairs)
+        if config.init_from:
+            tokenizer = from_pretrained(config.init_from)[1]
+        else:
+            tokenizer = _train_tokenizer(config, corpus, column, pairs)
         text = tokenizer.to_json()
         (scratch / "tokenizer.json").write_text(text, encoding="utf-8")
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
@@ -79,6 +81,7 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
         "tokenizer": to_dict(config.tokenizer),
         "seed": config.seed,
         "world": built_in,
+        "init_from": read_config(config.init_from)["sha256"] if config.init_from else {},
     }
 
 
@@ -214,7 +217,8 @@ def train_steps(
 ) -> Path:
     """Train the stages that are not up to date; returns the last stage's model folder."""
     before = fingerprint(data_inputs(config))
-    model: Path | None = None
+    model = Path(config.init_from) if config.init_from else None
+    trained = False
     for stage in STAGES:
         if getattr(config.stages, stage).max_steps == 0:
             say(f"{stage}: left out (stages.{stage}.max_steps=0)")
@@ -233,8 +237,8 @@ def train_steps(
                 shutil.rmtree(old, ignore_errors=True)
             seconds[stage] = time.perf_counter() - started
             say(f"{stage}: done in {seconds[stage]:.0f} s")
-        model = output
-    if model is None:
+        model, trained = output, True
+    if model is None or not trained:
         raise ValueError("every stage has max_steps=0: nothing to train")
     return model
 
@@ -248,7 +252,9 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
         kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
         say(f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)")
 
-    quality = evaluate_model(model, rows, config.evaluation.num_steps, config.evaluation.batch_size, on_done=show)
+    device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
+    steps, batch_size = config.evaluation.num_steps, config.evaluation.batch_size
+    quality = evaluate_model(model, rows, steps, batch_size, device, on_done=show)
     for q in quality:
         named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
         tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
@@ -258,11 +264,12 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     return quality
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, publish: bool = True) -> RunResult:
     """Do everything from raw rows to a registered model; go on where an interrupted run stopped.
 
     Args:
         config: The run.
+        publish: Whether to evaluate and register the result too.
 
     Raises:
         ValueError: If the config or the data cannot be used.
@@ -291,13 +298,16 @@ def run(config: RunConfig) -> RunResult:
         monitor = tracker.system_metrics()
         try:
             last = train_steps(config, folder, prepared, tracker, seconds)
-            result = _publish(config, folder, prepared, last, tracker, final, seconds)
+            if publish:
+                result = _publish(config, folder, prepared, last, tracker, final, seconds)
+            else:
+                result = RunResult(last, [], "", tracker.uri, tracker.run_id, seconds)
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         finally:
             monitor.finish()
-        write_file(folder / "run.json", json.dumps({**state, "finished": True}))
+        write_file(folder / "run.json", json.dumps({**state, "finished": publish}))
         tracker.finish("FINISHED")
     return result
 

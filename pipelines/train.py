@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from pipelines.loader import open_stage, stage_batches
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.sources import DataError
 from pipelines.tracking import Tracker
-from yan_core.batching import Batch
 from yan_core.checkpoint import code_commit, from_pretrained, save_pretrained
 from yan_core.config import RunConfig, StageConfig, from_dict, to_dict
 from yan_core.loss import Objective
@@ -57,7 +55,7 @@ class StageState:
         self.settings: StageConfig = getattr(config.stages, stage)
         freeze_all_but(model, self.settings.trains)
         self.optimizer = build_optimizer(model, self.settings.optim)
-        self.step = self.epoch = self.epoch_batches = 0
+        self.step = 0
 
     @property
     def loss_config(self) -> Any:
@@ -69,16 +67,14 @@ class StageState:
         save_pretrained(folder / "model", self.model, self.tokenizer, model_details(self.config))
         # Tensors and plain values only, so that it is read back with weights_only=True.
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        position = {"step": self.step, "epoch": self.epoch, "epoch_batches": self.epoch_batches}
-        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        (folder / "position.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         saved, _, _ = from_pretrained(folder / "model")
         self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        for name, value in json.loads((folder / "position.json").read_text(encoding="utf-8")).items():
-            setattr(self, name, value)
+        self.step = json.loads((folder / "position.json").read_text(encoding="utf-8"))["step"]
 
 
 class Reporter:
@@ -136,14 +132,6 @@ class Reporter:
         return means
 
 
-def endless_batches(state: StageState, workers: int) -> Iterator[Batch]:
-    """Batches of this worker, epoch after epoch, from the state's position on."""
-    shard = ray.train.get_dataset_shard("rows")
-    while True:
-        yield from stage_batches(shard, state.config, state.stage, workers, state.epoch, state.epoch_batches)
-        state.epoch, state.epoch_batches = state.epoch + 1, 0
-
-
 def save_checkpoint(state: StageState, metrics: dict[str, float], rank: int) -> None:
     """Report metrics and, from rank 0, a checkpoint; every worker must call it at the same step."""
     metrics = {**metrics, "step": state.step}
@@ -159,8 +147,8 @@ def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: one stage from its start, or from the newest checkpoint, to its last step.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `commit` of the
-            driver's code, `board` and `mlflow` (for rank 0).
+        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `epoch_rows`, `commit`
+            of the driver's code, `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -191,7 +179,8 @@ def train_loop(job: dict[str, Any]) -> None:
         reporter.say(f"goes on from its checkpoint at step {state.step}")
     set_training_mode(model, state.settings.trains)
     optim, saved_at = state.settings.optim, time.perf_counter()
-    batches = endless_batches(state, workers)
+    shard = ray.train.get_dataset_shard("rows")
+    batches = stage_batches(shard, config, stage, workers, job["epoch_rows"], state.step)
     means: dict[str, float] = {}
     lr = 0.0
     while state.step < state.settings.max_steps:
@@ -203,7 +192,7 @@ def train_loop(job: dict[str, Any]) -> None:
         metrics = train_step(
             wrapped, batch, state.optimizer, num_steps, lr, optim.clip_norm, bf16=device.type == "cuda"
         )
-        state.step, state.epoch_batches = state.step + 1, state.epoch_batches + 1
+        state.step += 1
         reporter.add(metrics, batch.num_tokens, wait_s)
         if rank == 0 and reporter.due():
             means = reporter.report(lr)
@@ -265,6 +254,7 @@ def train_stage(
         "config": to_dict(config),
         "stage": stage,
         "prepared": str(prepared.folder.resolve()),
+        "epoch_rows": rows,
         "init_from": str(init_from.resolve()) if init_from else None,
         "commit": code_commit().removesuffix("-dirty"),
         "board": board,

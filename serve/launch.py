@@ -71,7 +71,7 @@ def serve_blocking(
             )
             while True:
                 time.sleep(3600)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second is what Ray's handler makes of a SIGTERM while it starts
         print("stopped", flush=True)
     finally:
         for number, handler in before.items():
@@ -93,7 +93,7 @@ def running_server(
     port = _free_port(host, port)
     _quiet()
     own_ray = not ray.is_initialized()
-    own_serve = False
+    own_serve, others = False, _ray_family()
     try:
         if own_ray:
             _start_ray(args, ray_address)
@@ -103,7 +103,7 @@ def running_server(
         yield url
     finally:
         with _signals_ignored():
-            _stop(own_serve, own_ray)
+            _stop(own_serve, own_ray, others)
 
 
 def _check_model(args: AppArgs) -> None:
@@ -221,11 +221,11 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _stop(own_serve: bool, own_ray: bool) -> None:
+def _stop(own_serve: bool, own_ray: bool, others: set[psutil.Process]) -> None:
     """End Serve and, if it is ours, Ray; then every process of theirs that is left, by its id."""
-    if not ray.is_initialized():
-        return
-    ours = set(psutil.Process().children(recursive=True)) if own_ray else set()
+    # Ray's processes are there before it calls itself initialized: a signal may come in between.
+    ours = _ray_family() - others if own_ray else set()
+    own_serve = own_serve and ray.is_initialized()
     if own_serve:
         ours |= _haproxies()
     # Serve kills its controller while it waits for it, and a thread of Ray's prints a warning about that.
@@ -244,6 +244,19 @@ def _stop(own_serve: bool, own_ray: bool) -> None:
             except psutil.NoSuchProcess:
                 pass
         _, alive = psutil.wait_procs(alive, timeout=3)
+
+
+def _ray_family() -> set[psutil.Process]:
+    """The processes of a Ray that this process has started, with all below them."""
+    home = os.path.dirname(ray.__file__)
+    family = set()
+    for child in psutil.Process().children():
+        try:
+            if any(home in word for word in child.cmdline()):
+                family |= {child, *child.children(recursive=True)}
+        except psutil.Error:
+            continue  # It ended.
+    return family
 
 
 def _haproxies() -> set[psutil.Process]:

@@ -77,7 +77,7 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise RegistryError(f"{model}: mlflow is not installed; pip install 'yan[pipelines]'") from error
-    client = MlflowClient(uri)
+    client = MlflowClient(uri, uri)  # a registry set globally would win over the first alone
     try:
         names = [m.name for m in client.search_registered_models()]
         if name not in names:
@@ -115,13 +115,17 @@ def resolve(model: str, tracking_uri: str = "") -> Found:
         return Found(folder, absolute.parent.name if absolute.name == "model" else absolute.name)
     version = find_version(model, tracking_uri)
     import mlflow
+    from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     uri = registry_uri(tracking_uri)
     name = f"{version.name}/{version.version}"
+    # Globally: MLflow 3.17 asks the global registry for a part of it whatever download_artifacts is told.
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     try:
         # By number, so that an alias moved meanwhile cannot make the name a lie.
-        fetched = mlflow.artifacts.download_artifacts(f"{SCHEME}{name}", tracking_uri=uri, registry_uri=uri)
+        fetched = download_artifacts(f"{SCHEME}{name}")
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0][:300]
         raise RegistryError(f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}") from (

@@ -1,0 +1,100 @@
+"""The `yan` command: configs, overrides, and one-screen messages for mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import COMMANDS, UsageError, main, parse_config
+from yan_core.config import RunConfig, from_dict, to_dict
+
+CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_loads_and_is_named_after_its_file(path):
+    config = parse_config("run", ["--config", str(path)])
+    assert config.name == path.stem
+    assert from_dict(RunConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_hold_only_what_differs_from_the_defaults(path):
+    def same(values, defaults, where):
+        for key, value in values.items():
+            default = defaults.get(key) if isinstance(defaults, dict) else None
+            if isinstance(value, dict) and key != "datasets":
+                yield from same(value, default or {}, f"{where}{key}.")
+            elif value == default and f"{where}{key}" != "name":
+                yield f"{where}{key}"
+
+    assert list(same(yaml.safe_load(path.read_text()), to_dict(RunConfig()), "")) == []
+
+
+def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("name: a\nstages: {flow: {optim: {lr: 0.5}}}\nevaluation: {num_steps: [1, 2]}\n")
+    config = parse_config("run", ["--config", str(file), "--stages.flow.optim.lr", "3e-4", "--scaling.num_workers=1"])
+    assert (config.name, config.stages.flow.optim.lr, config.scaling.num_workers) == ("a", 3e-4, 1)
+    assert config.evaluation.num_steps == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nmae: x", r"nmae[\s\S]*Did you mean name\?"),
+        ("model: {d_modle: 64}", r"d_modle[\s\S]*Did you mean model.d_model\?"),
+        ("model: {d_model: wide}", "model.d_model"),
+        ("model: {d_model: 10}", "multiple of"),
+        ("stages: {flow: {batch_size: 5}}", r"stages.flow.batch_size=5 must be a multiple of"),
+        ("data: {datasets: {a: {format: xml}}}", "format"),
+    ],
+)
+def test_a_wrong_config_names_the_key_and_what_is_allowed(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_config("run", ["--config", str(file)])
+
+
+def test_a_wrong_override_offers_the_nearest_key():
+    with pytest.raises(UsageError, match=r"Did you mean stages.flow.optim.lr\?"):
+        parse_config("run", ["--stages.flow.optim.rl", "1"])
+
+
+def test_a_missing_config_lists_the_shipped_ones():
+    with pytest.raises(UsageError, match=r"no file 'nowhere.yaml'.*world.yaml"):
+        parse_config("run", ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    "args, code, message",
+    [
+        (["rnu"], 2, "did you mean run"),
+        (["run", "--nmae", "x"], 2, "Did you mean name"),
+        (["evaluate", "--model", "nowhere", "--config", str(CONFIGS[0]), "--data", "x"], 1, "not a YAN model"),
+        (["serve", "--model", "nowhere"], 1, "not a YAN model"),
+    ],
+)
+def test_mistakes_end_in_a_short_message_and_an_exit_code(capsys, args, code, message):
+    assert main(args) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) < 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    if command == "quickstart":
+        pytest.skip("its options are those of `yan run`")
+    done = subprocess.run([sys.executable, "-m", "pipelines", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_importing_the_command_loads_neither_ray_nor_torch():
+    code = "import sys, pipelines.cli; print([m for m in ('ray', 'torch', 'mlflow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

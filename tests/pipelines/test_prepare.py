@@ -1,0 +1,176 @@
+"""Rows of every format -> shards, and what is said about rows that cannot be used."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.cluster import ray_session
+from pipelines.prepare import open_prepared, prepare, read_text_rows
+from pipelines.sources import DataError
+from yan_core.config import RunConfig, from_dict
+
+pytestmark = pytest.mark.ray
+
+ROWS = [
+    {
+        "story": f"Mary went to room {i}. It was cold there.",
+        "question": "Where is Mary?",
+        "answer": f"room {i}",
+        "task": t,
+    }
+    for i in range(20)
+    for t in ("a", "b")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    with ray_session(1, 1):
+        yield
+
+
+def write(folder: Path, kind: str, rows=ROWS) -> str:
+    path = folder / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    else:
+        names = list(rows[0])
+        path.write_text("\n".join([",".join(names)] + [",".join(f'"{r[n]}"' for n in names) for r in rows]) + "\n")
+    return str(path)
+
+
+def config_for(tmp_path, kind="jsonl", rows=ROWS, **data) -> RunConfig:
+    path = write(tmp_path, kind, rows) if rows is not None else data.pop("path")
+    datasets = {
+        "own": {
+            "format": kind,
+            "train": path,
+            "validation": path,
+            "columns": {"context": "story"},
+            "where": {"task": "a"},
+        }
+    }
+    return from_dict(RunConfig, {"data": {"dataset": "own", "datasets": datasets, "max_target_tokens": 4, **data}})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_files_become_filtered_mapped_tokenised_shards(tmp_path, kind):
+    prepared = prepare(config_for(tmp_path, kind), tmp_path / "out")
+    assert prepared.manifest["rows"]["finetune"] == 20
+    table = pq.read_table(prepared.files("finetune"))
+    tokenizer = prepared.tokenizer
+    pairs = {(tokenizer.decode(r["source"]), tokenizer.decode(r["target"])) for r in table.to_pylist()}
+    assert pairs == {(f"{r['story']} {r['question']}", r["answer"]) for r in ROWS if r["task"] == "a"}
+    assert [r["target"] for r in prepared.validation(99)] == [r["answer"] for r in ROWS if r["task"] == "a"]
+
+
+def test_plain_text_files_are_a_corpus(tmp_path):
+    (tmp_path / "corpus.txt").write_text("one two three four five\n\nsix seven\n")
+    base = config_for(tmp_path)
+    datasets = {
+        "own": {**vars(base.data.datasets["own"])},
+        "plain": {"format": "text", "train": str(tmp_path / "corpus.txt")},
+    }
+    datasets["own"]["kinds"] = []
+    config = from_dict(
+        RunConfig, {"data": {"dataset": "own", "corpus": "plain", "datasets": datasets, "window_tokens": 3}}
+    )
+    prepared = prepare(config, tmp_path / "out")
+    windows = [prepared.tokenizer.decode(r["target"]) for r in pq.read_table(prepared.files("flow")).to_pylist()]
+    assert sorted(windows) == sorted(["one two three", "four five", "six seven"])
+
+
+def test_a_hugging_face_data_set_is_streamed_from_a_local_folder(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(ROWS), folder / f"{split}-00000-of-00001.parquet")
+    datasets = {"own": {"format": "huggingface", "path": str(folder), "columns": {"context": "story"}}}
+    config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": datasets}})
+    assert prepare(config, tmp_path / "out").manifest["rows"]["finetune"] == len(ROWS)
+
+
+def test_the_same_seed_gives_the_same_shards(tmp_path, tiny_config):
+    first, second = (prepare(tiny_config, tmp_path / name) for name in ("one", "two"))
+    assert first.manifest == second.manifest
+    assert pq.read_table(first.files("finetune")) == pq.read_table(second.files("finetune"))
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ({**ROWS[0], "answer": None}, "field 'answer' must be text, got None"),
+        ({**ROWS[0], "answer": "  "}, "field 'answer' is blank"),
+        ({**ROWS[0], "answer": "a b c d e f g h"}, "target has 8 tokens, data.max_target_tokens=4"),
+    ],
+)
+def test_a_bad_row_stops_the_job_with_its_reason_or_is_set_aside(tmp_path, bad, reason):
+    rows = [*ROWS, bad]
+    with pytest.raises(
+        DataError, match=r"1 of 21 train rows of 'own' cannot be used.*--data.bad_rows_allowed"
+    ) as caught:
+        prepare(config_for(tmp_path, "parquet", rows), tmp_path / "out")
+    assert reason in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]  # nothing half-written
+    prepared = prepare(config_for(tmp_path, "parquet", rows, bad_rows_allowed=0.05), tmp_path / "out")
+    assert prepared.manifest["rows"]["finetune"] == 20
+    assert prepared.manifest["bad_rows"]["train"] == 1
+    (aside,) = (prepared.folder / "quarantine" / "train").glob("*.jsonl")
+    assert reason in aside.read_text()
+
+
+def test_a_column_of_the_wrong_type_is_said_once_not_a_thousand_times(tmp_path):
+    rows = [{**r, "answer": 3} for r in ROWS]
+    with pytest.raises(DataError, match=r"20 of 20 train rows.*must be text, got 3 \(int\)"):
+        prepare(config_for(tmp_path, "parquet", rows), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"path": "nowhere.parquet", "rows": None}, r"no file at .*nowhere.parquet.*--data.root"),
+        ({"dataset": "onw"}, "did you mean 'own'"),
+        ({"task": "question_answerin"}, "did you mean 'question_answering'"),
+        ({"task": "classification"}, "has no column 'text' for field 'text'.*Map it"),
+        ({"corpus": "own", "corpus_column": "txt"}, "no column 'txt' \\(data.corpus_column\\)"),
+    ],
+)
+def test_data_that_are_not_there_or_not_as_described(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(config_for(tmp_path, **data), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_and_broken_files(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="empty"):
+        prepare(config_for(tmp_path, path=str(empty), rows=None), tmp_path / "out")
+    with pytest.raises(DataError, match="cannot read .*broken.parquet as parquet"):
+        prepare(config_for(tmp_path, "parquet", path=str(broken), rows=None), tmp_path / "out")
+
+
+def test_a_filter_that_matches_nothing_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="gave no train row"):
+        prepare(config_for(tmp_path, rows=[r for r in ROWS if r["task"] == "b"]), tmp_path / "out")
+
+
+def test_evaluation_rows_go_through_the_same_filter_and_template(tmp_path):
+    config = config_for(tmp_path)
+    rows = read_text_rows(config, write(tmp_path, "jsonl"))
+    assert len(rows) == 20
+    assert rows[0]["source"] == f"{ROWS[0]['story']} {ROWS[0]['question']}"
+    with pytest.raises(DataError, match="--data: no file"):
+        read_text_rows(config, str(tmp_path / "nowhere.jsonl"))
+
+
+def test_prepared_data_that_are_not_there(tmp_path):
+    with pytest.raises(DataError, match="yan prepare"):
+        open_prepared(tmp_path)

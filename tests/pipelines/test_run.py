@@ -1,0 +1,76 @@
+"""What is done again and what is not; one process at a time."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipelines.run import data_inputs, difference, fingerprint, run_lock, stage_inputs, up_to_date
+from yan_core.config import RunConfig
+
+
+def changed(config: RunConfig, section: str, **values) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def test_a_stage_depends_on_its_own_settings_and_the_stage_before():
+    base = RunConfig()
+    other = changed(base, "stages", finetune=dataclasses.replace(base.stages.finetune, max_steps=7))
+    assert stage_inputs(base, "flow", "x") == stage_inputs(other, "flow", "x")
+    assert fingerprint(stage_inputs(base, "finetune", "x")) != fingerprint(stage_inputs(other, "finetune", "x"))
+    assert fingerprint(stage_inputs(base, "finetune", "x")) != fingerprint(stage_inputs(base, "finetune", "y"))
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [("tokenizer", {"lowercase": True}), ("data", {"window_tokens": 8}), ("data", {"max_source_tokens": 8})],
+)
+def test_prepared_data_depend_on_tokenizer_and_lengths(section, values):
+    assert data_inputs(RunConfig()) != data_inputs(changed(RunConfig(), section, **values))
+
+
+def test_what_only_says_where_or_how_often_changes_nothing():
+    base = RunConfig()
+    for other in (dataclasses.replace(base, log_every_s=1.0), dataclasses.replace(base, runs_dir="elsewhere")):
+        assert data_inputs(base) == data_inputs(other)
+        assert stage_inputs(base, "flow", "x") == stage_inputs(other, "flow", "x")
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"context": "a", "question": "b", "answer": "c"}\n')
+    datasets = {"own": {"format": "jsonl", "train": str(file), "validation": str(file)}}
+    from yan_core.config import from_dict
+
+    config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": datasets}})
+    before = data_inputs(config)
+    file.write_text(file.read_text() * 2)
+    assert "rows.jsonl" in difference(before, data_inputs(config))
+
+
+def test_the_decision_names_the_setting(tmp_path, capsys):
+    recorded = tmp_path / "flow.inputs.json"
+    inputs = {"stages": {"flow": {"optim": {"lr": 1.0}}}, "before": "a"}
+    assert not up_to_date("flow", recorded, inputs, True)
+    recorded.write_text(json.dumps(inputs))
+    assert up_to_date("flow", recorded, inputs, True)
+    assert not up_to_date("flow", recorded, inputs, False)
+    assert not up_to_date("flow", recorded, {**inputs, "stages": {"flow": {"optim": {"lr": 2.0}}}}, True)
+    assert not up_to_date("flow", recorded, {**inputs, "before": "b"}, True)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "flow: not done yet"
+    assert shown[1] == "flow: done before, inputs unchanged"
+    assert "damaged or gone" in shown[2]
+    assert "stages.flow.optim.lr: 1.0 -> 2.0" in shown[3]
+    assert "the step before it was redone" in shown[4]
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_other_is_named(tmp_path):
+    with run_lock(tmp_path):
+        code = f"from pathlib import Path; from pipelines.run import run_lock\nwith run_lock(Path({str(tmp_path)!r})): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is working in" in done.stderr and done.returncode != 0
+    with run_lock(tmp_path):  # free again
+        pass

@@ -1,0 +1,28 @@
+"""The app builder as Serve calls it, from a command line or a config file."""
+
+import pytest
+from pydantic import ValidationError
+from ray._common.utils import import_attr
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+
+from serve.app import build_app
+from serve.registry import RegistryError
+from serve.schemas import AppArgs
+
+
+def test_serve_builds_it_from_its_import_path_and_text_arguments(model_folder):
+    builder = import_attr("serve.app:build_app")
+    assert isinstance(build(builder, {"model": str(model_folder), "num_replicas": "2"}), Application)
+
+
+def test_serve_checks_the_arguments():
+    # It would not, were the annotation a string (`from __future__ import annotations`).
+    with pytest.raises(ValidationError, match="replicas"):
+        build(build_app, {"model": "m", "replicas": "2"})
+
+
+def test_a_registry_must_be_named(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError, match="tracking_uri is empty"):
+        build_app(AppArgs(model="models:/yan-tiny@champion"))

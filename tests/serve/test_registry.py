@@ -1,0 +1,100 @@
+"""models:/ addresses against a real registry in a SQLite file."""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from serve.registry import RegistryError, find_version, resolve
+
+
+@pytest.fixture(autouse=True)
+def mlflow_left_as_it_was():
+    """`resolve` points MLflow at a registry for its whole process, environment included."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="module")
+def registry(model_folder, tmp_path_factory) -> str:
+    """Version 1 of `yan-tiny` with alias `champion`; version 2 and `yan-hollow` hold no model."""
+    home = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{home}/mlflow.db"
+    pyfunc, hollow = home / "pyfunc", home / "hollow"
+    shutil.copytree(model_folder, pyfunc / "artifacts" / "model")
+    (pyfunc / "MLmodel").write_text("flavors: {python_function: {}}\n")
+    hollow.mkdir()
+    (hollow / "config.json").write_text("{}")
+    client = MlflowClient(uri, uri)
+    for name in ("yan-tiny", "yan-hollow"):
+        client.create_registered_model(name)
+    client.create_model_version("yan-tiny", pyfunc.as_uri())
+    client.create_model_version("yan-hollow", hollow.as_uri())
+    client.set_registered_model_alias("yan-tiny", "champion", "1")
+    return uri
+
+
+@pytest.mark.parametrize("model", ["models:/yan-tiny@champion", "models:/yan-tiny/1"])
+def test_a_registered_model_becomes_its_folder(registry, model, model_folder):
+    found = resolve(model, registry)
+    assert found.name == "yan-tiny/1"
+    assert (found.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_the_address_may_come_from_the_environment(registry, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    assert find_version("models:/yan-tiny@champion").version == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("models:/yan-tony@champion", "no model 'yan-tony'; it has yan-hollow, yan-tiny"),
+        ("models:/yan-tiny@best", "no alias 'best'; it has champion"),
+        ("models:/yan-tiny/7", "no version 7; it has 1"),
+        ("models:/yan-hollow@champion", "no alias 'champion'; it has none"),
+        ("models:/yan-hollow/1", "holds no YAN model"),
+        ("models:/yan-tiny", "must be models:/name@alias or models:/name/version"),
+        ("models:/@champion", "must be models:/name@alias"),
+        ("models:/yan-tiny/latest", "must be models:/name@alias"),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_is(registry, model, message):
+    with pytest.raises(RegistryError, match=message):
+        resolve(model, registry)
+
+
+def test_a_missing_database_is_not_made(tmp_path):
+    with pytest.raises(RegistryError, match="there is no file"):
+        find_version("models:/a@b", f"sqlite:///{tmp_path}/none.db")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_address_at_all(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RegistryError, match="tracking_uri is empty and MLFLOW_TRACKING_URI is not set"):
+        find_version("models:/a@b")
+
+
+def test_a_registry_out_of_reach(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        with pytest.raises(RegistryError, match="cannot be read .*; is it running"):
+            find_version("models:/a@b", f"http://127.0.0.1:{probe.getsockname()[1]}")
+
+
+def test_a_plain_folder_passes_through():
+    found = resolve("runs/world/model")
+    assert found.folder == Path("runs/world/model")
+    assert found.name == "world"
+    assert resolve("/models/best").name == "best"
