@@ -80,7 +80,7 @@ def _with_nearest(message: str) -> str:
     words = [w.strip("'\",.:") for w in message.replace("=", " ").split()]
     for word in words:
         name = word.removeprefix("--")
-        if name and name not in known and ("unrecognized" in message or "not accepted" in message):
+        if name and name not in known and any(m in message for m in ("unrecognized", "not accept")):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
                 k for k in known if difflib.get_close_matches(name.split(".")[-1], [k.split(".")[-1]], n=1, cutoff=0.75)
             ]

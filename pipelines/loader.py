@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
@@ -26,17 +27,39 @@ POOL_BATCHES = 8
 """Batches sorted by length together."""
 
 
-def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Dataset:
-    """The lazy stream of all rows a stage will read: its files epoch after epoch, in a new, seeded order each time.
+class ReadShard:
+    """(path, epoch) -> the rows of a prepared shard, each with its epoch."""
 
-    One stream for all epochs, since ending one and starting the next costs Ray Data seconds (EXPERIMENTS, 2026-11-23).
+    def __init__(self, columns: list[str]) -> None:
+        self.columns = columns
+
+    def __call__(self, shards: pa.Table) -> pa.Table:
+        """Read the shards of one block."""
+        tables = []
+        for shard in shards.to_pylist():
+            table = pq.read_table(shard["path"], columns=self.columns)
+            tables.append(table.append_column("epoch", pa.array(np.full(table.num_rows, shard["epoch"], np.int32))))
+        return pa.concat_tables(tables)
+
+
+def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Dataset:
+    """The lazy stream of all rows a stage will read: its shards epoch after epoch, in a new, seeded order each time.
+
+    One stream for all epochs: to end one and begin the next costs Ray Data seconds, and `read_parquet` would read a file
+    that is named twice only once (EXPERIMENTS, 2026-11-23).
     """
     settings = getattr(config.stages, stage)
+    # Each worker's last, partial pool of an epoch is not lost but joins the next one; one epoch more is room for that.
     epochs = math.ceil(settings.max_steps * settings.batch_size / prepared.num_rows(stage)) + 1
     files = prepared.files(stage)
-    order = [i for epoch in range(epochs) for i in np.random.default_rng([config.seed, epoch]).permutation(len(files))]
+    shards = [
+        {"path": files[i], "epoch": epoch}
+        for epoch in range(epochs)
+        for i in np.random.default_rng([config.seed, epoch]).permutation(len(files))
+    ]
     columns = ["source", "target"] if stage == "finetune" else ["target"]
-    return ray.data.read_parquet([files[i] for i in order], columns=columns)
+    listed = ray.data.from_items(shards, override_num_blocks=len(shards))
+    return listed.map_batches(ReadShard(columns), batch_format="pyarrow", batch_size=1)
 
 
 def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -45,49 +68,48 @@ def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
     return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def row_keys(rows: list[np.ndarray], seed: int, epoch: int) -> torch.Tensor:
-    """A key a row from its content, the seed and the epoch: where the row is read makes no difference."""
+def row_keys(rows: list[np.ndarray], seed: int, epochs: np.ndarray) -> torch.Tensor:
+    """A key a row from its content, the seed and its epoch: where the row is read makes no difference."""
     digests = [hashlib.blake2b(row.tobytes(), digest_size=7).digest() for row in rows]
     keys = torch.tensor([int.from_bytes(d, "little") for d in digests], dtype=torch.int64)
-    return fold(fold(keys, seed), epoch)
+    return fold(fold(keys, seed), torch.as_tensor(epochs, dtype=torch.int64))
 
 
 class StageCollate(ArrowBatchCollateFn):
     """A pool of rows -> a list of batches of a stage, as dictionaries of tensors."""
 
-    def __init__(self, config: RunConfig, stage: str, workers: int, epoch_rows: int, first_step: int = 0) -> None:
+    def __init__(self, config: RunConfig, stage: str, workers: int, skip_steps: int = 0) -> None:
         """Make it for one worker.
 
         Args:
             config: The run.
             stage: Stage name.
             workers: Number of workers that share a step's batch.
-            epoch_rows: Rows of an epoch over all workers.
-            first_step: Steps done before, where an interrupted run goes on.
+            skip_steps: Batches at the start of the stream to pass over.
         """
-        self.config, self.stage, self.workers, self.epoch_rows = config, stage, workers, epoch_rows
-        self.step_rows = getattr(config.stages, stage).batch_size
-        self.rows_before = first_step * self.step_rows
+        self.config, self.stage, self.skip = config, stage, skip_steps
+        self.batch_size = getattr(config.stages, stage).batch_size // workers
+        self.pools = 0
 
     def __call__(self, table: pa.Table) -> list[dict[str, torch.Tensor]]:
         """Sort by length, cut, corrupt, pad."""
-        rows = {name: _rows(table.column(name)) for name in table.column_names}
-        lengths = np.array([len(r) for r in rows["source" if "source" in rows else "target"]])
-        order = np.argsort(lengths, kind="stable")
-        size = self.step_rows // self.workers
-        epoch = self.rows_before // self.epoch_rows
-        whole = len(order) // size
-        batches = []
+        whole = table.num_rows // self.batch_size
         # The same order of lengths on every worker: they wait for each other at every step.
-        for i in np.random.default_rng([self.config.seed, self.rows_before]).permutation(whole):
-            chosen = order[i * size : (i + 1) * size]
-            batches.append(vars(self._batch({name: [r[j] for j in chosen] for name, r in rows.items()}, epoch)))
-        self.rows_before += len(order) * self.workers
-        return batches
+        places = np.random.default_rng([self.config.seed, self.pools]).permutation(whole)
+        self.pools += 1
+        skipped = min(self.skip, whole)
+        self.skip -= skipped
+        if skipped == whole:
+            return []
+        epochs = table.column("epoch").to_numpy()
+        rows = {name: _rows(table.column(name)) for name in table.column_names if name != "epoch"}
+        order = np.argsort([len(r) for r in rows["source" if "source" in rows else "target"]], kind="stable")
+        chosen = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in places[skipped:]]
+        return [vars(self._batch({n: [r[j] for j in c] for n, r in rows.items()}, epochs[c])) for c in chosen]
 
-    def _batch(self, rows: dict[str, list[np.ndarray]], epoch: int) -> Batch:
+    def _batch(self, rows: dict[str, list[np.ndarray]], epochs: np.ndarray) -> Batch:
         config = self.config
-        keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epoch)
+        keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epochs)
         if self.stage == "autoencoder":
             return autoencoder_batch(rows["target"], keys, config.autoencoder_loss)
         if self.stage == "flow":
@@ -95,24 +117,21 @@ class StageCollate(ArrowBatchCollateFn):
         return task_batch(rows["source"], rows["target"], keys, config.flow_loss, config.data.max_target_tokens)
 
 
-def stage_batches(
-    shard: Any, config: RunConfig, stage: str, workers: int, epoch_rows: int, first_step: int
-) -> Iterator[Batch]:
-    """This worker's batches, from the start of its stream on.
+def stage_batches(shard: Any, config: RunConfig, stage: str, workers: int, skip_steps: int) -> Iterator[Batch]:
+    """This worker's batches.
 
     Args:
         shard: From `ray.train.get_dataset_shard`.
         config: The run.
         stage: Stage name.
         workers: Number of workers that share a step's batch.
-        epoch_rows: Rows of an epoch over all workers.
-        first_step: Steps done before; a restarted worker reads its stream from the start, in another order.
+        skip_steps: Steps done before a restart; as many batches at the start of the stream are passed over.
     """
     pools = shard.iter_torch_batches(
         batch_size=getattr(config.stages, stage).batch_size // workers * POOL_BATCHES,
-        collate_fn=StageCollate(config, stage, workers, epoch_rows, first_step),
+        collate_fn=StageCollate(config, stage, workers, skip_steps),
         local_shuffle_buffer_size=config.data.shuffle_buffer,
-        local_shuffle_seed=config.seed + first_step,
+        local_shuffle_seed=config.seed,
         prefetch_batches=1,
     )
     for pool in pools:

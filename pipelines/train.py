@@ -11,7 +11,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from pipelines.loader import open_stage, stage_batches
@@ -147,8 +147,8 @@ def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: one stage from its start, or from the newest checkpoint, to its last step.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `epoch_rows`, `commit`
-            of the driver's code, `board` and `mlflow` (for rank 0).
+        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `commit` of the
+            driver's code, `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -180,7 +180,7 @@ def train_loop(job: dict[str, Any]) -> None:
     set_training_mode(model, state.settings.trains)
     optim, saved_at = state.settings.optim, time.perf_counter()
     shard = ray.train.get_dataset_shard("rows")
-    batches = stage_batches(shard, config, stage, workers, job["epoch_rows"], state.step)
+    batches = stage_batches(shard, config, stage, workers, skip_steps=state.step)
     means: dict[str, float] = {}
     lr = 0.0
     while state.step < state.settings.max_steps:
@@ -254,7 +254,6 @@ def train_stage(
         "config": to_dict(config),
         "stage": stage,
         "prepared": str(prepared.folder.resolve()),
-        "epoch_rows": rows,
         "init_from": str(init_from.resolve()) if init_from else None,
         "commit": code_commit().removesuffix("-dirty"),
         "board": board,
@@ -275,12 +274,14 @@ def train_stage(
             storage_path=str(storage.resolve()),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=scaling.keep_checkpoints),
+            callbacks=[SayRestarts(stage, board)] if board is not None else None,
         ),
     )
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise TrainingFailed(f"stage {stage} failed: {reason_of(error)}") from error
+        failures = getattr(error, "worker_failures", None) or {}
+        raise TrainingFailed(f"stage {stage} failed: {reason_of(failures, error)}") from error
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         model, tokenizer, details = from_pretrained(Path(folder) / "model")
@@ -288,9 +289,23 @@ def train_stage(
     return dict(result.metrics or {})
 
 
-def reason_of(error: BaseException) -> str:
-    """The worker's own last line of a failure that Ray wrapped."""
-    reasons = getattr(error, "worker_failures", None) or {}
-    texts = [str(e) for e in reasons.values()] or [str(error)]
-    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:
+    """The first worker's own last line of a failure that Ray wrapped."""
+    for error in (*failures.values(), otherwise):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines:
+            return lines[-1]
+    return type(otherwise).__name__
+
+
+class SayRestarts(UserCallback):
+    """Tells the driver's terminal that a worker failed, before the workers start again."""
+
+    def __init__(self, stage: str, board: ActorHandle) -> None:
+        self.stage, self.board = stage, board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller."""
+        ranks = ", ".join(map(str, worker_exceptions))
+        error = next(iter(worker_exceptions.values()))
+        self.board.add.remote(f"  {self.stage:<11} worker {ranks} failed: {reason_of(worker_exceptions, error)[:300]}")

@@ -2,21 +2,27 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
 
-from pipelines.loader import StageCollate, row_keys
+from pipelines.cluster import ray_session
+from pipelines.loader import StageCollate, open_stage, row_keys
+from pipelines.prepare import Prepared
 from yan_core.config import RunConfig, from_dict
 from yan_core.tokenization import Tokenizer
 
 
 def pool(lengths):
     rows = [list(range(4, 4 + n)) for n in lengths]
-    return pa.table({"source": pa.array(rows, pa.list_(pa.int32())), "target": pa.array(rows, pa.list_(pa.int32()))})
+    epoch = pa.array([0] * len(rows), pa.int32())
+    ids = pa.array(rows, pa.list_(pa.int32()))
+    return pa.table({"epoch": epoch, "source": ids, "target": ids})
 
 
-def collate(batch_size):
+def collate(batch_size, skip=0):
     settings = {"stages": {"finetune": {"batch_size": batch_size}}, "scaling": {"num_workers": 1}}
-    return StageCollate(from_dict(RunConfig, settings), "finetune", workers=1, epoch_rows=100)
+    return StageCollate(from_dict(RunConfig, settings), "finetune", workers=1, skip_steps=skip)
 
 
 def test_a_pool_gives_batches_of_like_length_and_every_row_once():
@@ -35,10 +41,36 @@ def test_a_pool_that_was_sliced_keeps_its_rows():
 
 def test_draws_of_a_row_follow_from_content_seed_and_epoch_only():
     rows = [np.array([4, 5, 6], dtype=np.int32), np.array([7], dtype=np.int32)]
-    keys = row_keys(rows, seed=1, epoch=2)
-    assert torch.equal(row_keys(rows[::-1], 1, 2), keys.flip(0))
-    assert not torch.equal(row_keys(rows, 1, 3), keys)
-    assert not torch.equal(row_keys(rows, 2, 2), keys)
+    epochs = np.array([2, 2])
+    keys = row_keys(rows, 1, epochs)
+    assert torch.equal(row_keys(rows[::-1], 1, epochs), keys.flip(0))
+    assert not (row_keys(rows, 1, epochs + 1) == keys).any()
+    assert not (row_keys(rows, 2, epochs) == keys).any()
+
+
+def test_batches_done_before_a_restart_are_passed_over():
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 30, 64)]
+    whole, resumed = collate(8), collate(8, skip=11)
+    first, second = whole(pool(lengths)), whole(pool(lengths))
+    assert resumed(pool(lengths)) == []
+    left = resumed(pool(lengths))
+    assert len(first) == 8 and len(left) == 5
+    assert all(torch.equal(a["source_ids"], b["source_ids"]) for a, b in zip(left, second[3:], strict=True))
+
+
+@pytest.mark.ray
+def test_every_row_is_streamed_once_an_epoch(tmp_path):
+    """`read_parquet` would have read a file named twice only once."""
+    folder = tmp_path / "finetune"
+    folder.mkdir()
+    for shard in range(3):
+        ids = pa.array([[shard * 10 + i] for i in range(10)], pa.list_(pa.int32()))
+        pq.write_table(pa.table({"source": ids, "target": ids}), folder / f"{shard}.parquet")
+    settings = {"stages": {"finetune": {"max_steps": 12, "batch_size": 5}}, "scaling": {"num_workers": 1}}
+    prepared = Prepared(tmp_path, {"rows": {"finetune": 30}})
+    with ray_session(1, 1):
+        rows = open_stage(prepared, "finetune", from_dict(RunConfig, settings)).take_all()
+    assert sorted((r["epoch"], r["source"][0]) for r in rows) == [(e, i) for e in range(3) for i in range(30)]
 
 
 def test_targets_of_a_task_are_filled_with_end_of_text():
