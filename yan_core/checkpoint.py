@@ -124,7 +124,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format_version {version!r}, this code reads {FORMAT_VERSION}; use the version of YAN that wrote it"
+            f"{path} has format_version {version!r}, this code reads {FORMAT_VERSION}; "
+            "use the version of YAN that wrote it"
         )
     missing = {"vocab_size", "model", "details", "sha256"} - set(config)
     if missing:

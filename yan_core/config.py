@@ -50,8 +50,9 @@ class EncoderConfig:
     num_blocks: int = 2
     """Bidirectional Transformer blocks."""
     conv_kernel: int = 0
-    """Width of a short depthwise convolution before each block; 0 = none. 7 lets a small source encoder bind the words
-    of one statement, without which bAbI stays on a plateau (EXPERIMENTS, 2026-11-23)."""
+    """Width of a short depthwise convolution before each block; 0 = none. It lets a small source encoder bind the words
+    of one statement, if half of it spans the statement: on bAbI 13 left the plateau after 300 steps, 7 after 700
+    (EXPERIMENTS, 2026-11-23)."""
     embed_std: float = 0.02
     """Standard deviation of the initial token embeddings; 0.5 suits a vocabulary of tens of words."""
     position_std: float = 0.02
@@ -175,6 +176,10 @@ class FlowLossConfig:
     """Weight of the mean squared error of the solver's endpoint."""
     weight_ce: float = 1.0
     """Weight of the cross-entropy of the decoded endpoint."""
+    weight_gate: float = 1.0
+    """Weight of the gate's cross-entropy to the experts' responsibilities, in nats a scope. The likelihood has the same
+    gradient but divided by d_model and tokens, too weak to learn from: the posterior draw then tells the solver what the
+    gate should have read from the source, and nothing makes the model read it (EXPERIMENTS, 2026-11-23)."""
     weight_balance: float = 0.01
     """Weight of KL(mean gate || uniform) at t = 0."""
     weight_entropy: float = 0.0
@@ -392,6 +397,8 @@ class RunConfig:
     """Where runs keep their data, checkpoints and model."""
     seed: int = 0
     """Every random draw follows from it."""
+    init_from: str = ""
+    """Model folder to start from instead of fresh weights; its tokenizer and architecture are kept."""
     log_every_s: float = 5.0
     """Seconds between progress lines."""
     data: DataConfig = field(default_factory=DataConfig)

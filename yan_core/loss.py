@@ -23,6 +23,7 @@ from yan_core.moe import (
     gather_expert,
     scope_length,
     spread,
+    sum_scopes,
     velocity_log_likelihood,
 )
 from yan_core.noise import Stream, normal, uniform
@@ -115,21 +116,25 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
     source = model.encode_source(batch.source_ids, batch.source_mask)
 
     # One pass at (x_0, 0) and (x_t, t) together; the former is also the solver's first step.
-    velocities, gate = model(
+    velocities, gate_logits = model(
         torch.cat([x_0, path.x_t]), torch.cat([torch.zeros_like(t), t]), source.repeat(2), mask.repeat(2, 1)
     )
     velocities_0, velocities_t = velocities.chunk(2)
-    gate_0, gate_t = (gate_log_probs(logits, mask, tokens) for logits in gate.chunk(2))
+    gate_0, gate_t = (gate_log_probs(logits, mask, tokens) for logits in gate_logits.chunk(2))
 
     # Which expert explains the velocity: log pi_k + log N(u | v_k).
     log_likelihood_t = velocity_log_likelihood(velocities_t, path.u_t, mask, config.sigma, tokens)
     if config.likelihood == "joint":
         log_likelihood_0 = velocity_log_likelihood(velocities_0, path.u_t, mask, config.sigma, tokens)
-        log_joint = gate_0 + log_likelihood_0 + log_likelihood_t
+        gate, log_joint = gate_0, gate_0 + log_likelihood_0 + log_likelihood_t
     else:
-        log_joint = gate_t + log_likelihood_t
+        gate, log_joint = gate_t, gate_t + log_likelihood_t
     # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
     loss_flow = -log_joint.logsumexp(-1).sum() / (mask.sum().clamp_min(1) * x_1.shape[-1])
+
+    responsibility = log_joint.detach().softmax(-1)
+    scope_is_real = sum_scopes(mask[..., None].to(gate.dtype), mask, tokens)[..., 0] > 0
+    loss_gate = -((responsibility * gate).sum(-1) * scope_is_real).sum() / scope_is_real.sum().clamp_min(1)
 
     # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
     log_draw = log_joint if config.expert_draw == "posterior" else gate_0
@@ -151,6 +156,7 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
         config.weight_flow * loss_flow
         + config.weight_end * loss_end
         + config.weight_ce * loss_ce
+        + config.weight_gate * loss_gate
         + config.weight_balance * loss_balance
         - config.weight_entropy * entropy
     )
@@ -158,6 +164,7 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
         "loss_flow": loss_flow,
         "loss_end": loss_end,
         "loss_ce": loss_ce,
+        "loss_gate": loss_gate,
         "loss_balance": loss_balance,
         "gate_entropy": entropy,
         "expert_load_max": gate_0.exp().mean((0, 1)).max() * gate_0.shape[-1],

@@ -85,7 +85,8 @@ class Tokenizer:
         if config.lowercase:
             backend.normalizer = normalizers.Lowercase()
         backend.train_from_iterator(texts, trainer)
-        if config.kind == "word" and backend.get_vocab_size() <= len(SPECIAL_TOKENS):
+        words = (token.strip("▁") for token in backend.get_vocab() if token not in SPECIAL_TOKENS)
+        if config.kind == "word" and not any(word and not word.isspace() for word in words):
             raise ValueError("no word was found to make a vocabulary of: the corpus is empty or blank")
         return cls(backend)
 

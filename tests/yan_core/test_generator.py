@@ -1,0 +1,111 @@
+"""Text in, text out: seeds, lengths, what was cut, and company that changes nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.yan_core.tiny import randomize, tiny_config
+from yan_core.config import TokenizerConfig
+from yan_core.generator import TextGenerator
+from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
+
+TEXT = "Mary went to the kitchen. John took the red apple there. Where is the apple now?"
+TOKENIZER = Tokenizer.train([TEXT], TokenizerConfig(kind="word"))
+SOURCES = ["Where is Mary?", "Mary went to the kitchen. Where is Mary?", "apple", "John took the apple there."]
+
+
+def generator_of(task: str = "question_answering", **details: Any) -> TextGenerator:
+    model = randomize(build_model(tiny_config(), TOKENIZER.vocab_size, 0)).eval()
+    return TextGenerator(model, TOKENIZER, {"task": task, "max_source_tokens": 6, "max_target_tokens": 5, **details})
+
+
+GENERATOR = generator_of()
+
+
+def answers(sources: list[str], **settings: Any) -> list[list[int]]:
+    return [generation.tokens for generation in GENERATOR.generate(sources, **settings)]
+
+
+def test_an_answer_does_not_depend_on_its_company() -> None:
+    together = answers(SOURCES, seeds=[3, 1, 4, 1])
+    for source, seed, tokens in zip(SOURCES, (3, 1, 4, 1), together, strict=True):
+        assert answers([source], seeds=seed) == [tokens]
+    assert answers(SOURCES[::-1], seeds=[1, 4, 1, 3]) == together[::-1]
+
+
+def test_the_seed_decides() -> None:
+    assert answers(SOURCES, seeds=7) == answers(SOURCES, seeds=[7] * 4)
+    assert answers(SOURCES, seeds=7) == answers(SOURCES, seeds=7)
+    assert len({tuple(tokens) for tokens in answers(SOURCES[:1] * 12, seeds=list(range(12)))}) > 6
+    assert answers(SOURCES[:1], seeds=2**63 - 1) != answers(SOURCES[:1], seeds=2**31 - 1)
+
+
+@pytest.mark.parametrize(("task", "kept"), [("question_answering", "end"), ("classification", "start")])
+def test_a_source_that_is_too_long_is_cut_at_the_tasks_side_and_counted(task: str, kept: str) -> None:
+    generator = generator_of(task)
+    ids = TOKENIZER.encode_batch([TEXT])[0].ids
+    whole, short = generator.generate([TEXT, "Where is Mary?"], seeds=5)
+    assert (whole.source_tokens, whole.source_tokens_cut) == (6, len(ids) - 6)
+    assert (short.source_tokens, short.source_tokens_cut) == (4, 0)
+    part = TOKENIZER.decode(ids[-6:] if kept == "end" else ids[:6])
+    assert TOKENIZER.encode_batch([part])[0].ids == (ids[-6:] if kept == "end" else ids[:6])
+    assert generator.generate([part], seeds=5)[0].tokens == whole.tokens
+
+
+def test_text_and_tokens_agree_and_end_at_the_end_of_text() -> None:
+    for generation in GENERATOR.generate(SOURCES * 8, seeds=list(range(32))):
+        assert Tokenizer.eos_id not in generation.tokens
+        assert generation.text == TOKENIZER.decode(generation.tokens)
+        assert generation.finished == (len(generation.tokens) < 5)
+        assert generation.latency_ms > 0
+
+
+def always(token: int) -> TextGenerator:
+    generator = generator_of()
+    with torch.no_grad():
+        generator.model.decoder.head.bias[token] += 1e4
+    return generator
+
+
+def test_finished_says_whether_the_text_ended_by_itself() -> None:
+    ended = always(Tokenizer.eos_id).generate(["Mary"])[0]
+    assert (ended.tokens, ended.text, ended.finished) == ([], "", True)
+    endless = always(7).generate(["Mary"], max_tokens=3)[0]
+    assert (endless.tokens, endless.finished) == ([7, 7, 7], False)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 3, 40])
+def test_answers_are_no_longer_than_asked_for(max_tokens: int | None) -> None:
+    assert len(always(7).generate(["Mary"], max_tokens=max_tokens)[0].tokens) == (max_tokens or 5)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 41])
+def test_a_length_out_of_range_is_refused(max_tokens: int) -> None:
+    with pytest.raises(ValueError, match=rf"model\.max_positions=40\], got {max_tokens}"):
+        GENERATOR.generate(["Mary"], max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_steps_are_passes(num_steps: int) -> None:
+    generation = GENERATOR.generate(["Mary"], num_steps=num_steps)[0]
+    assert generation.num_steps == generation.nfe == num_steps
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 2 for 1 sources"):
+        GENERATOR.generate(["Mary"], seeds=[1, 2])
+    with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):
+        GENERATOR.generate(["Mary"], num_steps=0)
+    with pytest.raises(ValueError):
+        GENERATOR.generate(["Mary"], seeds=2**63)
+    with pytest.raises(ValueError, match=r"data\.task: unknown name 'nothing'"):
+        generator_of("nothing")
+
+
+def test_no_source_and_an_empty_source_and_unknown_words() -> None:
+    assert GENERATOR.generate([]) == []
+    empty, unknown, alone = GENERATOR.generate(["", "xyzzy plugh", "Mary"], seeds=1)
+    assert empty.source_tokens == 0 and unknown.source_tokens == 2
+    assert [empty.tokens] == answers([""], seeds=1) and [alone.tokens] == answers(["Mary"], seeds=1)

@@ -1,0 +1,93 @@
+"""Token encoder and decoder: unit scale, positions, padding, and argmax without all logits."""
+
+import pytest
+import torch
+
+from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_config, tiny_model
+from yan_core.batching import pad_rows
+from yan_core.config import EncoderConfig
+from yan_core.latents import TokenEncoder
+from yan_core.model import YanModel
+
+ROWS = random_rows([8, 3, 1])
+
+
+def encoder_of(*positions: str, conv_kernel: int = 0) -> TokenEncoder:
+    config = EncoderConfig(num_blocks=2, positions=positions, conv_kernel=conv_kernel, embed_std=0.5)
+    torch.manual_seed(0)
+    return TokenEncoder(VOCAB, tiny_config(), config).eval()
+
+
+def test_latents_have_unit_scale() -> None:
+    model = tiny_model()
+    ids, mask = pad_rows(ROWS, 0)
+    latents = model.encode_target(ids, mask)[mask]
+    torch.testing.assert_close(latents.mean(-1), torch.zeros(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents.var(-1, unbiased=False), torch.ones(12), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("positions", [(), ("rotary",), ("start",), ("end",), ("rotary", "start", "end")])
+@pytest.mark.parametrize("conv_kernel", [0, 3])
+def test_latents_do_not_depend_on_padding_or_company(positions: tuple[str, ...], conv_kernel: int) -> None:
+    encoder = encoder_of(*positions, conv_kernel=conv_kernel)
+    ids, mask = pad_rows(ROWS, 0)
+    together = encoder(ids, mask)
+    assert torch.isfinite(together).all()
+    for i, row in enumerate(ROWS):
+        alone = encoder(*pad_right(*pad_rows([row], 0), 5))
+        torch.testing.assert_close(alone[0, : len(row)], together[i, : len(row)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "sees"), [((), False), (("rotary",), True), (("start",), True), (("end",), True)]
+)
+def test_each_kind_of_position_shows_the_order(positions: tuple[str, ...], sees: bool) -> None:
+    encoder = encoder_of(*positions)
+    ids, mask = pad_rows(ROWS[:1], 0)
+    turned = encoder(ids.flip(1), mask).flip(1)
+    assert torch.allclose(encoder(ids, mask), turned, atol=1e-4) is not sees
+
+
+def test_end_positions_count_from_the_last_real_token() -> None:
+    encoder = encoder_of("end")
+    rows = [[5, 6, 7, 8], [5, 6]]
+    ids, mask = pad_rows(rows, 0)
+    seen: list[torch.Tensor] = []
+    encoder.from_end.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
+    encoder(ids, mask)
+    assert seen[0][0].tolist() == [3, 2, 1, 0]
+    assert seen[0][1, :2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("positions", ["start", "end"])
+def test_more_tokens_than_positions_are_refused(positions: str) -> None:
+    encoder = encoder_of(positions)
+    longest = torch.full((1, 40), 5)
+    assert encoder(longest, longest > 0).shape == (1, 40, 16)
+    with pytest.raises(ValueError, match=r"41 tokens are more than model\.max_positions=40"):
+        encoder(torch.full((1, 41), 5), torch.ones(1, 41, dtype=torch.bool))
+
+
+def test_decoder_reads_each_token_by_itself() -> None:
+    model = tiny_model()
+    latents = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    logits = model.decoder(latents)
+    assert logits.shape == (2, 6, VOCAB)
+    torch.testing.assert_close(model.decoder(latents[1, 2]), logits[1, 2])
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 5, 12, 1000])
+def test_argmax_equals_the_one_over_all_logits(tokens_at_once: int) -> None:
+    model: YanModel = tiny_model()
+    latents = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    ids = model.decoder.argmax(latents, tokens_at_once)
+    assert torch.equal(ids, model.decoder(latents).argmax(-1))
+    assert not ids.is_floating_point() and ids.shape == (2, 6)
+
+
+def test_argmax_never_holds_more_logits_than_asked_for() -> None:
+    model = tiny_model()
+    rows: list[int] = []
+    model.decoder.head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
+    model.decoder.argmax(torch.zeros(3, 7, 16), tokens_at_once=4)
+    assert max(rows) <= 4 and sum(rows) == 21

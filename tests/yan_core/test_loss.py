@@ -1,0 +1,327 @@
+"""Losses: against plain flow matching and a readable reference, finite differences, and who gets a gradient."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.yan_core.tiny import LENGTH, LOSS, VOCAB, random_rows, row_of, tiny_batch, tiny_model
+from yan_core.batching import Batch, autoencoder_batch
+from yan_core.config import AutoencoderLossConfig, FlowLossConfig
+from yan_core.loss import (
+    Objective,
+    autoencoder_loss,
+    flow_loss,
+    masked_cross_entropy,
+    maximum_mean_discrepancy,
+)
+from yan_core.model import YanModel
+from yan_core.noise import Stream, normal, uniform
+from yan_core.path import beta_times
+from yan_core.training import freeze_all_but
+
+SCOPES = ("token", "segment", "sequence")
+STAGE_1 = AutoencoderLossConfig(latent_noise=0.5, clean_share=0.3, weight_l2=0.1, weight_mmd=0.2, mmd_tokens=12)
+
+
+def partly_masked(batch: Batch) -> Batch:
+    """The batch with some target places that do not count."""
+    lengths = torch.tensor([LENGTH, 4, 6, 1])[: len(batch.keys), None]
+    return replace(batch, target_mask=torch.arange(LENGTH) < lengths)
+
+
+def drawn(model: YanModel, batch: Batch, config: FlowLossConfig) -> tuple[torch.Tensor, ...]:
+    """x_0, x_1, t, x_t, u_t, written out."""
+    x_1 = model.encode_target(batch.target_ids, batch.target_mask)
+    x_0 = model.config.init_noise * normal(batch.keys, Stream.SOURCE_NOISE, tuple(x_1.shape[1:]))
+    t = beta_times(uniform(batch.keys, Stream.TIME, ()), config.time_alpha, config.time_beta)
+    return x_0, x_1, t, (1 - t)[:, None, None] * x_0 + t[:, None, None] * x_1, x_1 - x_0
+
+
+def squared_error(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the components of real tokens."""
+    return (a - b).square()[mask].mean()
+
+
+def scopes_of(scope: str) -> list[slice]:
+    width = {"token": 1, "segment": 4, "sequence": LENGTH}[scope]
+    return [slice(i, min(i + width, LENGTH)) for i in range(0, LENGTH, width)]
+
+
+@torch.no_grad()
+def reference(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: int) -> dict[str, float]:
+    """The flow loss by loops over rows and scopes, each expert's path solved on its own."""
+    x_0, x_1, t, x_t, u = drawn(model, batch, config)
+    source = model.encode_source(batch.source_ids, batch.source_mask)
+    mask = batch.target_mask
+    v_0, gate_0 = model(x_0, torch.zeros_like(t), source, mask)
+    v_t, gate_t = model(x_t, t, source, mask)
+    flow, gate_loss, expert = 0.0, [], torch.zeros(mask.shape, dtype=torch.int64)
+    scopes = scopes_of(model.config.expert_scope)
+    uniforms = uniform(batch.keys, Stream.EXPERT, (len(scopes),))
+    gates = []
+    for b in range(len(mask)):
+        for s, part in enumerate(scopes):
+            real = mask[b, part]
+            if not real.any():
+                gates.append(torch.zeros(model.config.num_experts).log_softmax(-1))
+                continue
+
+            def log_pi(gate: torch.Tensor, b=b, part=part, real=real) -> torch.Tensor:
+                return gate[b, part][real].mean(0).log_softmax(-1)
+
+            def log_n(v: torch.Tensor, b=b, part=part, real=real) -> torch.Tensor:
+                error = (v[b, part] - u[b, part, None])[real].square().sum((0, 2))
+                return -error / (2 * config.sigma**2)
+
+            gates.append(log_pi(gate_0))
+            if config.likelihood == "joint":
+                prior, joint = log_pi(gate_0), log_pi(gate_0) + log_n(v_0) + log_n(v_t)
+            else:
+                prior, joint = log_pi(gate_t), log_pi(gate_t) + log_n(v_t)
+            flow -= float(joint.logsumexp(0))
+            gate_loss.append(-float((joint.softmax(0) * prior).sum()))
+            weights = (joint if config.expert_draw == "posterior" else log_pi(gate_0)).softmax(0)
+            below = 0.0
+            for k in range(len(weights)):
+                below += float(weights[k])
+                if uniforms[b, s] <= below:
+                    expert[b, part] = k
+                    break
+    x = x_0
+    for i in range(num_steps):
+        v, _ = model(x, torch.full_like(t, i / num_steps), source, mask)
+        x = x + torch.gather(v, 2, expert[:, :, None, None].expand(-1, -1, 1, x.shape[-1]))[:, :, 0] / num_steps
+    mean_gate = torch.stack(gates).exp().mean(0)
+    return {
+        "loss_flow": flow / (int(mask.sum()) * x.shape[-1]),
+        "loss_end": float(squared_error(x, x_1, mask)),
+        "loss_ce": float(F.cross_entropy(model.decoder(x)[mask], batch.target_ids[mask])),
+        "loss_gate": sum(gate_loss) / len(gate_loss),
+        "loss_balance": float((mean_gate * (mean_gate * len(mean_gate)).log()).sum()),
+        "gate_entropy": float(torch.stack([-(g.exp() * g).sum() for g in gates]).mean()),
+        "expert_load_max": float(mean_gate.max() * len(mean_gate)),
+    }
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("likelihood", ["joint", "marginal"])
+@pytest.mark.parametrize("expert_draw", ["posterior", "prior"])
+def test_every_part_equals_the_readable_reference(scope: str, likelihood: str, expert_draw: str) -> None:
+    model = tiny_model(expert_scope=scope, init_noise=0.8)
+    batch = partly_masked(tiny_batch())
+    config = replace(LOSS, sigma=1.7, likelihood=likelihood, expert_draw=expert_draw, time_alpha=2.0)
+    for num_steps in (1, 3):
+        parts = flow_loss(model, batch, config, num_steps).parts
+        expected = reference(model, batch, config, num_steps)
+        assert parts.keys() == expected.keys()
+        for name, value in expected.items():
+            assert float(parts[name]) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_one_expert_is_plain_flow_matching(sigma: float, scope: str) -> None:
+    model = tiny_model(num_experts=1, expert_scope=scope)
+    batch = partly_masked(tiny_batch())
+    config = replace(LOSS, sigma=sigma)
+    x_0, _, t, x_t, u = drawn(model, batch, config)
+    source = model.encode_source(batch.source_ids, batch.source_mask)
+    v_0, v_t = (model(x, time, source, batch.target_mask)[0][:, :, 0] for x, time in ((x_0, 0 * t), (x_t, t)))
+    error_0, error_t = (squared_error(v, u, batch.target_mask) for v in (v_0, v_t))
+    marginal = flow_loss(model, batch, replace(config, likelihood="marginal"), 1).parts
+    joint = flow_loss(model, batch, replace(config, likelihood="joint"), 1).parts
+    torch.testing.assert_close(marginal["loss_flow"], error_t / (2 * sigma**2))
+    torch.testing.assert_close(joint["loss_flow"], (error_0 + error_t) / (2 * sigma**2))
+    assert float(joint["loss_balance"]) == float(joint["gate_entropy"]) == 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_large_sigma_is_plain_flow_matching_averaged_over_the_gate(scope: str) -> None:
+    model = tiny_model(expert_scope=scope)
+    batch = tiny_batch()
+    sigma = 60.0
+    config = replace(LOSS, sigma=sigma, likelihood="marginal")
+    *_, t, x_t, u = drawn(model, batch, config)
+    v, gate = model(x_t, t, model.encode_source(batch.source_ids, batch.source_mask), batch.target_mask)
+    errors = (v - u[:, :, None]).square().mean(-1)  # [batch, length, num_experts]
+    expected = 0.0
+    for part in scopes_of(scope):
+        weights = gate[:, part].mean(1).softmax(-1)
+        expected += (weights[:, None] * errors[:, part]).sum()
+    loss = flow_loss(model, batch, config, 1).parts["loss_flow"]
+    assert float(loss) * 2 * sigma**2 == pytest.approx(float(expected.detach()) / u[..., 0].numel(), rel=0.01)
+
+
+def test_total_is_the_weighted_sum_of_the_parts() -> None:
+    weights = {"flow": 0.3, "end": 0.7, "ce": 1.1, "gate": 0.9, "balance": 2.0, "entropy": 0.5}
+    config = replace(LOSS, **{f"weight_{name}": weight for name, weight in weights.items()})
+    output = flow_loss(tiny_model(), tiny_batch(), config, 2)
+    p = {name: float(value) for name, value in output.parts.items()}
+    assert not any(value.requires_grad for value in output.parts.values()) and output.total.requires_grad
+    entropy = weights.pop("entropy") * p["gate_entropy"]
+    expected = sum(weight * p[f"loss_{name}"] for name, weight in weights.items()) - entropy
+    assert output.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows() -> None:
+    model, batch = tiny_model(), tiny_batch()
+    names = ("loss_flow", "loss_end", "loss_ce", "gate_entropy")
+    together = flow_loss(model, batch, LOSS, 2).parts
+    alone = [flow_loss(model, row_of(batch, i), LOSS, 2).parts for i in range(4)]
+    for name in names:
+        assert float(together[name]) == pytest.approx(sum(float(p[name]) for p in alone) / 4, rel=1e-4)
+
+
+def test_the_same_keys_give_the_same_loss_and_others_another() -> None:
+    model, batch = tiny_model(), tiny_batch()
+    first = flow_loss(model, batch, LOSS, 2).total
+    torch.manual_seed(5)
+    assert torch.equal(flow_loss(model, batch, LOSS, 2).total, first)
+    assert not torch.equal(flow_loss(model, replace(batch, keys=batch.keys + 1), LOSS, 2).total, first)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("likelihood", ["joint", "marginal"])
+def test_gradients_are_the_slopes(scope: str, likelihood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # float64 all through
+    model = tiny_model(expert_scope=scope).double()
+    batch = partly_masked(tiny_batch())
+    config = replace(LOSS, likelihood=likelihood, weight_balance=0.5, weight_entropy=0.3)
+    flow_loss(model, batch, config, 3).total.backward()
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for group in (parameters, list(model.flow.gate.parameters()), list(model.flow.experts.parameters())):
+        directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in group]
+        slope = sum(float((p.grad * d).sum()) for p, d in zip(group, directions, strict=True) if p.grad is not None)
+        values = []
+        for step in (1e-6, -2e-6):
+            with torch.no_grad():
+                for p, d in zip(group, directions, strict=True):
+                    p += step * d
+                values.append(float(flow_loss(model, batch, config, 3).total))
+        with torch.no_grad():
+            for p, d in zip(group, directions, strict=True):
+                p += 1e-6 * d
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "trains", [("flow",), ("source_encoder", "flow"), ("target_encoder", "decoder"), ("decoder",)], ids="+".join
+)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_does(trains: tuple[str, ...]) -> None:
+    model = tiny_model()
+    freeze_all_but(model, trains)  # type: ignore[arg-type]
+    flow_loss(model, tiny_batch(), LOSS, 2).total.backward()
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] not in trains:
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.any(), name
+
+
+def test_every_loss_reaches_the_experts_and_the_likelihood_reaches_the_gate() -> None:
+    weights = ("weight_flow", "weight_end", "weight_ce", "weight_gate", "weight_balance", "weight_entropy")
+    reached = {}
+    for weight in weights:
+        model = tiny_model()
+        config = replace(LOSS, **{w: float(w == weight) for w in weights})
+        flow_loss(model, tiny_batch(), config, 2).total.backward()
+        gate, heads = model.flow.gate.mlp[-1].bias.grad, model.flow.experts.b_out_KD.grad
+        reached[weight] = (gate is not None and bool(gate.any()), heads is not None and bool(heads.any()))
+    assert reached == {
+        "weight_flow": (True, True),
+        "weight_end": (False, True),
+        "weight_ce": (False, True),
+        "weight_gate": (True, False),
+        "weight_balance": (True, False),
+        "weight_entropy": (True, False),
+    }
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("likelihood", ["joint", "marginal"])
+def test_the_gates_own_loss_pulls_the_gate_as_the_likelihood_does(scope: str, likelihood: str) -> None:
+    """d(-log sum_k pi_k N_k) / d log pi_k = -responsibility_k, so the two differ in scale alone."""
+    batch = partly_masked(tiny_batch())
+    pulls = []
+    for weight in ("weight_flow", "weight_gate"):
+        model = tiny_model(expert_scope=scope)
+        weights = dict.fromkeys(("weight_flow", "weight_end", "weight_ce", "weight_gate", "weight_balance"), 0.0)
+        config = replace(LOSS, likelihood=likelihood, **{**weights, weight: 1.0})
+        flow_loss(model, batch, config, 1).total.backward()
+        pulls.append(torch.cat([p.grad.flatten() for p in model.flow.gate.parameters()]))
+    real_scopes = sum(int(batch.target_mask[:, part].any(1).sum()) for part in scopes_of(scope))
+    scale = int(batch.target_mask.sum()) * 16 / real_scopes
+    torch.testing.assert_close(pulls[1], pulls[0] * scale, atol=1e-5, rtol=1e-3)
+
+
+def test_cross_entropy_counts_real_tokens_alone() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[True, True, True], [True, False, False]])
+    torch.testing.assert_close(masked_cross_entropy(logits, ids, mask), F.cross_entropy(logits[mask], ids[mask]))
+    assert float(masked_cross_entropy(logits, ids, mask & False)) == 0
+
+
+def test_mean_discrepancy_is_zero_for_the_same_sample_and_grows_with_the_distance() -> None:
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+    assert float(maximum_mean_discrepancy(x, x)) == pytest.approx(0, abs=1e-5)
+    values = [float(maximum_mean_discrepancy(x, y + shift)) for shift in (0.0, 0.5, 1.0, 2.0)]
+    assert values == sorted(values) and 0 <= values[0] < 0.1 < values[2]
+
+
+def test_mean_discrepancy_of_two_points_in_closed_form() -> None:
+    x, y = torch.zeros(1, 3), torch.tensor([[3.0, 0.0, 4.0]])
+    expected = sum(2 - 2 * math.exp(-25 / (2 * s**2)) for s in (0.5, 2.0))
+    assert float(maximum_mean_discrepancy(x, y, (0.5, 2.0))) == pytest.approx(expected, rel=1e-6)
+
+
+def autoencoder_rows() -> Batch:
+    return autoencoder_batch(random_rows([7, 3, 5, 1]), torch.arange(4), STAGE_1)
+
+
+def test_autoencoder_loss_equals_its_parts_by_hand() -> None:
+    model, batch = tiny_model(), autoencoder_rows()
+    output = autoencoder_loss(model, batch, STAGE_1)
+    mask = batch.target_mask
+    latents = model.encode_target(batch.source_ids, mask)
+    scale = STAGE_1.latent_noise * uniform(batch.keys, Stream.LATENT_SCALE, (1, 1))
+    logits = model.decoder(latents + scale * normal(batch.keys, Stream.LATENT_NOISE, (7, 16)))
+    ce = F.cross_entropy(logits[mask], batch.target_ids[mask])
+    p = {name: float(value) for name, value in output.parts.items()}
+    assert p.keys() == {"loss_ce", "loss_l2", "loss_mmd", "token_accuracy"}
+    assert p["loss_ce"] == pytest.approx(float(ce), rel=1e-5)
+    assert p["loss_l2"] == pytest.approx(float(latents[mask].square().mean()), rel=1e-5)
+    assert p["token_accuracy"] == pytest.approx(float((logits.argmax(-1) == batch.target_ids)[mask].float().mean()))
+    assert p["loss_mmd"] > 0
+    expected = p["loss_ce"] + 0.1 * p["loss_l2"] + 0.2 * p["loss_mmd"]
+    assert output.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_autoencoder_without_noise_is_deterministic_reconstruction() -> None:
+    model, batch = tiny_model(), autoencoder_rows()
+    quiet = replace(STAGE_1, latent_noise=0.0)
+    first = autoencoder_loss(model, batch, quiet).parts["loss_ce"]
+    other = replace(batch, keys=batch.keys + 7)
+    assert torch.equal(autoencoder_loss(model, other, quiet).parts["loss_ce"], first)
+    assert not torch.equal(autoencoder_loss(model, other, STAGE_1).parts["loss_ce"], first)
+
+
+def test_autoencoder_loss_trains_encoder_and_decoder_and_nothing_else() -> None:
+    model = tiny_model()
+    autoencoder_loss(model, autoencoder_rows(), STAGE_1).total.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"target_encoder", "decoder"}
+
+
+def test_objective_picks_the_stage_by_its_config() -> None:
+    model = tiny_model()
+    total, parts = Objective(model, STAGE_1)(autoencoder_rows(), 3)
+    assert torch.equal(total, autoencoder_loss(model, autoencoder_rows(), STAGE_1).total) and "loss_mmd" in parts
+    total, parts = Objective(model, LOSS)(tiny_batch(), 3)
+    assert torch.equal(total, flow_loss(model, tiny_batch(), LOSS, 3).total) and "loss_flow" in parts
+    assert model.decoder.head.out_features == VOCAB
