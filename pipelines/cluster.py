@@ -8,9 +8,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.data import DataContext
 
 
@@ -71,9 +71,9 @@ class ProgressBoard:
 
 
 @contextmanager
-def progress_lines(interval_s: float = 1.0) -> Iterator[ActorHandle]:
+def progress_lines(interval_s: float = 1.0) -> Iterator[Any]:
     """A `ProgressBoard` whose lines appear on this terminal, without Ray's actor prefixes."""
-    board = ProgressBoard.remote()
+    board: Any = ProgressBoard.remote()  # type: ignore[attr-defined]  # Ray adds `remote`
     stopped = threading.Event()
 
     def show() -> None:

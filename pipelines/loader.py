@@ -45,8 +45,8 @@ class ReadShard:
 def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Dataset:
     """The lazy stream of all rows a stage will read: its shards epoch after epoch, in a new, seeded order each time.
 
-    One stream for all epochs: to end one and begin the next costs Ray Data seconds, and `read_parquet` would read a file
-    that is named twice only once (EXPERIMENTS, 2026-11-23).
+    One stream for all epochs: to end one and begin the next costs Ray Data seconds, and `read_parquet` would read a
+    file that is named twice only once (EXPERIMENTS, 2026-11-23).
     """
     settings = getattr(config.stages, stage)
     # Each worker's last, partial pool of an epoch is not lost but joins the next one; one epoch more is room for that.

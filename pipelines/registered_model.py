@@ -1,7 +1,7 @@
 """The MLflow pyfunc of a YAN model, logged from this file's code and the model's safetensors; nothing is pickled."""
 
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
 class YanPyfunc(PythonModel):
@@ -13,7 +13,7 @@ class YanPyfunc(PythonModel):
 
         self.generator = yan_core.load(context.artifacts["model"])
 
-    def predict(self, context, model_input: list[str], params=None) -> list[str]:
+    def predict(self, context, model_input: list[str], params=None) -> list[str]:  # type: ignore[override]
         """Answer texts; `params` may name num_steps, max_tokens and seeds."""
         return [answer.text for answer in self.generator.generate(model_input, **(params or {}))]
 

@@ -69,17 +69,17 @@ def files_of(data: DataConfig, dataset: DatasetConfig, where: str) -> list[str]:
 
 
 def _world_rows(dataset: DatasetConfig, split: str, seed: int) -> ray.data.Dataset:
-    kinds = {"kinds": tuple(dataset.kinds)} if dataset.kinds else {}
-    config = world.WorldConfig(seed=seed, **kinds)
+    config = world.WorldConfig(seed=seed, kinds=dataset.kinds or world.KINDS)
     tell = world.stories if dataset.format == "world_stories" else world.examples
     count = dataset.num_train if split == "train" else dataset.num_validation
 
-    def draw(batch: dict[str, Any]) -> dict[str, list]:
-        ids = batch["id"]
-        rows = list(tell(config, int(ids[0]), int(ids[-1]) + 1, split))
-        return {name: [row[name] for row in rows] for name in rows[0]}
+    def draw(ids: pa.Table) -> pa.Table:
+        places = ids["id"].to_pylist()
+        return pa.Table.from_pylist(list(tell(config, places[0], places[-1] + 1, split)))
 
-    return ray.data.range(count, override_num_blocks=max(1, count // 8192)).map_batches(draw, batch_size=1024)
+    return ray.data.range(count, override_num_blocks=max(1, count // 8192)).map_batches(
+        draw, batch_format="pyarrow", batch_size=1024
+    )
 
 
 def _huggingface_rows(data: DataConfig, dataset: DatasetConfig, split: str) -> ray.data.Dataset:
@@ -157,7 +157,7 @@ class _Equals:
         self.column, self.value = column, value
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return table.filter(pc.equal(pc.cast(table[self.column], pa.string()), self.value))
+        return table.filter(pc.field(self.column).cast(pa.string()) == self.value)
 
 
 def _last_line(error: BaseException) -> str:

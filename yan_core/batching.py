@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig
 from yan_core.noise import Stream, uniform
 from yan_core.tokenization import Tokenizer
+
+Row = Sequence[int] | np.ndarray[Any, Any]
+"""Token ids of one row."""
 
 PAD, EOS, MASK = Tokenizer.pad_id, Tokenizer.eos_id, Tokenizer.mask_id
 
@@ -46,7 +51,7 @@ class Batch:
         return self.source_ids.numel() + self.target_ids.numel()
 
 
-def pad_rows(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Row], fill: int, length: int | None = None) -> tuple[Tensor, Tensor]:
     """Stack rows of different length.
 
     Args:
@@ -99,7 +104,7 @@ def infill_spans(ids: Tensor, mask: Tensor, keys: Tensor, share: float, max_span
     return torch.where(first, MASK, ids).gather(1, order).masked_fill(~left, PAD), left
 
 
-def autoencoder_batch(rows: Sequence[Sequence[int]], keys: Tensor, config: AutoencoderLossConfig) -> Batch:
+def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLossConfig) -> Batch:
     """Stage 1: corrupted text in, clean text out, with end-of-text tokens after it.
 
     Each row is followed by end-of-text tokens up to a length drawn between its own and the longest row's, so that
@@ -118,7 +123,7 @@ def autoencoder_batch(rows: Sequence[Sequence[int]], keys: Tensor, config: Autoe
     return Batch(keys, torch.where(clean, target, corrupted), target_mask, target, target_mask)
 
 
-def infilling_batch(rows: Sequence[Sequence[int]], keys: Tensor, config: FlowLossConfig) -> Batch:
+def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig) -> Batch:
     """Stage 2 on plain text: the source has masked spans, the target is the whole text, then end-of-text tokens."""
     text, mask = pad_rows(rows, PAD)
     source, source_mask = infill_spans(text, mask, keys, config.corpus_mask_share, config.corpus_max_span)
@@ -127,8 +132,8 @@ def infilling_batch(rows: Sequence[Sequence[int]], keys: Tensor, config: FlowLos
 
 
 def task_batch(
-    sources: Sequence[Sequence[int]],
-    targets: Sequence[Sequence[int]],
+    sources: Sequence[Row],
+    targets: Sequence[Row],
     keys: Tensor,
     config: FlowLossConfig,
     target_length: int,

@@ -192,7 +192,7 @@ class FlowBlock(nn.Module):
     def forward(
         self, x: Tensor, modulations: tuple[Tensor, ...], source: KeyValues | None, mask: Tensor | None
     ) -> Tensor:
-        """[batch, length, d_model] in and out; mask [batch, length] of the target or None; source: projected source latents."""
+        """[batch, length, d_model] in and out; mask: the target's, or None; source: projected source latents."""
         pairs = list(zip(modulations[::2], modulations[1::2], strict=True))
         x = x + self.dropout(self.attention(modulate(self.norm(x), *pairs[0]), mask=mask))
         if self.cross_attention is not None:

@@ -84,7 +84,7 @@ def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, d
         folder: Where to; a folder there is replaced when the new one is complete.
         model: The weights are written as they are, bit for bit.
         tokenizer: Written beside them.
-        details: What else generation needs: `task`, `max_source_tokens`, `max_target_tokens`, and any record of the run.
+        details: What else generation needs: `task`, `max_source_tokens`, `max_target_tokens`; any record besides.
     """
     from yan_core import __version__
 

@@ -1,7 +1,8 @@
 """Every setting of a run, and every default, in one place.
 
-A run is described by one `RunConfig`. YAML files and the command line are parsed in `pipelines/cli.py`; this module only
-knows plain dictionaries, so that `yan_core` stays free of a command-line library and a config can be pickled to a worker.
+A run is described by one `RunConfig`. YAML files and the command line are parsed in `pipelines/cli.py`; this module
+only knows plain dictionaries, so that `yan_core` stays free of a command-line library and a config can be pickled to a
+worker.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ class FlowLossConfig:
     """Weight of the cross-entropy of the decoded endpoint."""
     weight_gate: float = 1.0
     """Weight of the gate's cross-entropy to the experts' responsibilities, in nats a scope. The likelihood has the same
-    gradient but divided by d_model and tokens, too weak to learn from: the posterior draw then tells the solver what the
-    gate should have read from the source, and nothing makes the model read it (EXPERIMENTS, 2026-11-23)."""
+    gradient but divided by d_model and tokens, too weak to learn from: the posterior draw then tells the solver what
+    the gate should have read from the source, and nothing makes the model read it (EXPERIMENTS, 2026-11-23)."""
     weight_balance: float = 0.01
     """Weight of KL(mean gate || uniform) at t = 0."""
     weight_entropy: float = 0.0
@@ -269,13 +270,15 @@ class DatasetConfig:
     """A named data set: where its rows are and which columns mean what."""
 
     format: Literal["world", "world_stories", "parquet", "jsonl", "csv", "text", "huggingface"] = "parquet"
-    """`world` and `world_stories` are the built-in simulator's questions and plain stories; `text` gives one row a line, in the column `text`."""
+    """`world` and `world_stories` are the built-in simulator's questions and plain stories; `text` gives one row a
+    line, in the column `text`."""
     path: str = ""
     """Hugging Face: the data set's name or a local folder of it."""
     config_name: str | None = None
     """Hugging Face: the data set's configuration."""
     train: str = ""
-    """File, folder or glob of the training rows, below data.root or with a scheme (s3://, gs://). Hugging Face: split."""
+    """File, folder or glob of the training rows, below data.root or with a scheme (s3://, gs://). Hugging Face: the
+    split."""
     validation: str = ""
     """The same for validation rows."""
     columns: dict[str, str] = field(default_factory=dict)

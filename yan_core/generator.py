@@ -80,9 +80,7 @@ class TextGenerator:
         length = self.max_target_tokens if max_tokens is None else max_tokens
         encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
         ids, mask = pad_rows([e.ids for e in encodings], Tokenizer.pad_id)
-        drawn = sample(
-            self.model, ids.to(self.device), mask.to(self.device), length, torch.tensor(seeds), num_steps
-        )
+        drawn = sample(self.model, ids.to(self.device), mask.to(self.device), length, torch.tensor(seeds), num_steps)
         rows = drawn.ids.tolist()
         answers = [self.tokenizer.until_eos(row) for row in rows]
         texts = [self.tokenizer.decode(answer) for answer in answers]

@@ -75,9 +75,7 @@ class TokenDecoder(nn.Module):
     def __init__(self, vocab_size: int, model: ModelConfig) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(model.d_model) for _ in range(model.decoder_blocks))
-        self.ffns = nn.ModuleList(
-            feed_forward(model.d_model, model.ffn_multiple) for _ in range(model.decoder_blocks)
-        )
+        self.ffns = nn.ModuleList(feed_forward(model.d_model, model.ffn_multiple) for _ in range(model.decoder_blocks))
         self.head = nn.Linear(model.d_model, vocab_size)
 
     def hidden(self, latents: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class LossOutput:
 
 
 def masked_cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over real tokens, nats a token; logits [batch, length, vocab], ids and mask [batch, length]."""
+    """Mean cross-entropy over real tokens, nats a token; logits [batch, length, vocab], ids, mask [batch, length]."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
     return (losses * mask).sum() / mask.sum().clamp_min(1)
 

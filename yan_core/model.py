@@ -1,12 +1,13 @@
 """YAN: target encoder, source encoder, flow network with velocity experts, token decoder (arXiv:2604.15009).
 
-Follow one batch: `encode_target` gives x_1, `encode_source` gives what the flow needs of the source, `forward` gives the
-velocities of all experts and the gate at (x_t, t), and `decoder` reads tokens off latents.
+Follow one batch: `encode_target` gives x_1, `encode_source` gives what the flow needs of the source, `forward` gives
+the velocities of all experts and the gate at (x_t, t), and `decoder` reads tokens off latents.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,20 +65,24 @@ class FlowNetwork(nn.Module):
         self.experts = ExpertHeads(config.num_experts, config.d_model, config.ffn_multiple)
         self.gate = Gate(config)
 
+    @property
+    def _blocks(self) -> list[FlowBlock]:
+        return cast(list[FlowBlock], list(self.blocks))  # a ModuleList forgets what it holds
+
     def source(self, latents: Tensor, mask: Tensor) -> Source:
         """Project source latents [batch, length, d_model] with padding mask [batch, length]."""
         keep = mask[..., None].to(latents.dtype)
         mean = (latents * keep).sum(1) / keep.sum(1).clamp_min(1)
         projected = tuple(
             None if block.cross_attention is None else block.cross_attention.project(latents, mask)
-            for block in self.blocks
+            for block in self._blocks
         )
         return Source(projected, mean)
 
     def at(self, t: Tensor) -> TimeStep:
         """Embed times [batch]."""
         embedding = self.time(t)
-        return TimeStep(embedding, tuple(block.modulations(embedding) for block in self.blocks))
+        return TimeStep(embedding, tuple(block.modulations(embedding) for block in self._blocks))
 
     def trunk(self, x_t: Tensor, step: TimeStep, source: Source, mask: Tensor | None) -> Tensor:
         """Features [batch, length, d_model] at (x_t, t). One call is one function evaluation (NFE)."""
@@ -130,7 +135,7 @@ class YanModel(nn.Module):
         return self.flow.experts(features), self.flow.gate(features, source.mean, step.embedding)
 
     def num_parameters(self, embeddings: bool = True) -> int:
-        """Parameters; without `embeddings`, those of token embeddings, positions and the vocabulary head are left out."""
+        """Parameters; without `embeddings`, token embeddings, positions and the vocabulary head are left out."""
         total = sum(p.numel() for p in self.parameters())
         if embeddings:
             return total

@@ -60,7 +60,8 @@ class Tokenizer:
         # The mask takes the space before it, or that space would be a token which no masked text of training holds.
         special_tokens = [AddedToken(token, special=True, lstrip=token == MASK) for token in SPECIAL_TOKENS]
         if config.kind == "word":
-            backend = tokenizers.Tokenizer(models.WordLevel({t: i for i, t in enumerate(SPECIAL_TOKENS)}, unk_token=UNK))
+            special_ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+            backend = tokenizers.Tokenizer(models.WordLevel(special_ids, unk_token=UNK))
             # Each word or run of punctuation keeps the space before it ("▁"), so the text can be put together again.
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [

@@ -25,7 +25,7 @@ class NonFiniteLoss(TrainingFailed):
 
 def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
     """The modules that each trainable part of the model consists of."""
-    source = [model.source_encoder] if model.source_encoder is not None else []
+    source: list[nn.Module] = [model.source_encoder] if model.source_encoder is not None else []
     return {
         "target_encoder": [model.target_encoder],
         "decoder": [model.decoder],
@@ -128,5 +128,3 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     return {"loss": loss.detach(), **parts, "grad_norm": grad_norm}
-
-

@@ -52,7 +52,7 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
 
 
 def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
-    """Kill -9 a worker, then interrupt the driver in the next stage, then run again: one MLflow run, all stages done."""
+    """Kill -9 a worker, then interrupt the driver, then run again: one MLflow run, all stages done."""
     slow = ("--stages.finetune.max_steps", "150", "--scaling.checkpoint_every_s", "0.5")
     process, log = start(tiny_config, *slow)
     wait_for("finetune: not done yet", log, process)

@@ -69,7 +69,7 @@ def test_the_decision_names_the_setting(tmp_path, capsys):
 
 def test_two_runs_in_one_folder_are_refused_and_the_other_is_named(tmp_path):
     with run_lock(tmp_path):
-        code = f"from pathlib import Path; from pipelines.run import run_lock\nwith run_lock(Path({str(tmp_path)!r})): pass"
+        code = f"import pathlib, pipelines.run as r\nwith r.run_lock(pathlib.Path({str(tmp_path)!r})): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is working in" in done.stderr and done.returncode != 0
     with run_lock(tmp_path):  # free again

@@ -175,7 +175,8 @@ def test_source_tokens_are_masked_at_their_share_and_by_their_key() -> None:
     longer = task_batch([rows[0], [*rows[0], 7, 8]], rows[:2], torch.tensor([0, 9]), config, 50)
     assert torch.equal(alone.source_ids[0], batch.source_ids[0])
     assert torch.equal(longer.source_ids[0, :50], batch.source_ids[0])
-    assert longer.source_ids[0, 50:].tolist() == [PAD, PAD]
+    short = task_batch([*rows[:3], [*rows[0], *rows[0]]], rows[:4], torch.arange(4), config, 50)
+    assert (short.source_ids[~short.source_mask] == PAD).all() and int((~short.source_mask).sum()) == 150
 
 
 def test_batch_moves_and_counts() -> None:
