@@ -14,11 +14,12 @@ from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
+import yan_core
 from pipelines.loader import open_stage, stage_batches
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.sources import DataError
 from pipelines.tracking import Tracker
-from yan_core.checkpoint import code_commit, from_pretrained, save_pretrained
+from yan_core.checkpoint import code_fingerprint, from_pretrained, save_pretrained
 from yan_core.config import RunConfig, StageConfig, from_dict, to_dict
 from yan_core.loss import Objective
 from yan_core.model import YanModel, build_model
@@ -147,14 +148,17 @@ def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: one stage from its start, or from the newest checkpoint, to its last step.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `commit` of the
-            driver's code, `board` and `mlflow` (for rank 0).
+        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `code` (hash
+            of the driver's yan_core), `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    commit = code_commit().removesuffix("-dirty")
-    if commit != job["commit"]:
-        raise TrainingFailed(f"worker {rank} runs YAN at {commit}, the driver at {job['commit']}: ship one copy")
+    if code_fingerprint() != job["code"]:
+        raise TrainingFailed(
+            f"worker {rank} runs another copy of yan_core ({Path(yan_core.__file__).parent}, {code_fingerprint()}) "
+            f"than the driver ({job['code']}): ship one copy, by --working-dir or in the image, and do not edit it in "
+            "mid-run"
+        )
     config = from_dict(RunConfig, job["config"])
     stage: str = job["stage"]
     tokenizer = open_prepared(Path(job["prepared"])).tokenizer
@@ -255,7 +259,7 @@ def train_stage(
         "stage": stage,
         "prepared": str(prepared.folder.resolve()),
         "init_from": str(init_from.resolve()) if init_from else None,
-        "commit": code_commit().removesuffix("-dirty"),
+        "code": code_fingerprint(),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,
     }

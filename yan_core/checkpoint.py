@@ -77,6 +77,15 @@ def code_commit() -> str:
     return found.stdout.strip()
 
 
+@lru_cache(maxsize=1)
+def code_fingerprint() -> str:
+    """Short hash of this package's source files: equal where the same code runs, whatever the commit is called."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:
     """Write a model folder, atomically.
 

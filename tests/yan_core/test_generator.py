@@ -49,9 +49,14 @@ def test_a_source_that_is_too_long_is_cut_at_the_tasks_side_and_counted(task: st
     whole, short = generator.generate([TEXT, "Where is Mary?"], seeds=5)
     assert (whole.source_tokens, whole.source_tokens_cut) == (6, len(ids) - 6)
     assert (short.source_tokens, short.source_tokens_cut) == (4, 0)
-    part = TOKENIZER.decode(ids[-6:] if kept == "end" else ids[:6])
-    assert TOKENIZER.encode_batch([part])[0].ids == (ids[-6:] if kept == "end" else ids[:6])
-    assert generator.generate([part], seeds=5)[0].tokens == whole.tokens
+    first, last = TOKENIZER.decode(ids[:6]), TOKENIZER.decode(ids[-6:])
+    assert [e.ids for e in TOKENIZER.encode_batch([first, last])] == [ids[:6], ids[-6:]]
+    of_whole, of_first, of_last = (
+        [generation.tokens for generation in generator.generate([text] * 16, seeds=list(range(16)))]
+        for text in (TEXT, first, last)
+    )
+    assert of_first != of_last
+    assert of_whole == (of_last if kept == "end" else of_first)
 
 
 def test_text_and_tokens_agree_and_end_at_the_end_of_text() -> None:

@@ -294,8 +294,8 @@ def test_autoencoder_loss_equals_its_parts_by_hand() -> None:
     ce = F.cross_entropy(logits[mask], batch.target_ids[mask])
     p = {name: float(value) for name, value in output.parts.items()}
     assert p.keys() == {"loss_ce", "loss_l2", "loss_mmd", "token_accuracy"}
-    assert p["loss_ce"] == pytest.approx(float(ce), rel=1e-5)
-    assert p["loss_l2"] == pytest.approx(float(latents[mask].square().mean()), rel=1e-5)
+    assert p["loss_ce"] == pytest.approx(ce.item(), rel=1e-5)
+    assert p["loss_l2"] == pytest.approx(latents[mask].square().mean().item(), rel=1e-5)
     assert p["token_accuracy"] == pytest.approx(float((logits.argmax(-1) == batch.target_ids)[mask].float().mean()))
     assert p["loss_mmd"] > 0
     expected = p["loss_ce"] + 0.1 * p["loss_l2"] + 0.2 * p["loss_mmd"]

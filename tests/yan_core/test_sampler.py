@@ -58,6 +58,8 @@ def test_tiny_models_answers_are_varied() -> None:
     drawn = sample(tiny_model(expert_scope="token"), *SOURCES, 10, SEEDS, 3)
     assert len(drawn.ids.unique()) > 5 and len(drawn.expert.unique()) == 3
     assert len({tuple(row) for row in drawn.ids.tolist()}) == len(LENGTHS)
+    same_seed = sample(tiny_model(), *SOURCES, 10, torch.zeros(6, dtype=torch.int64), 3)
+    assert len({tuple(row) for row in same_seed.ids.tolist()}) == len(LENGTHS)
 
 
 @pytest.mark.property

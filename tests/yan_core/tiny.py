@@ -55,11 +55,17 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def randomize(model: YanModel, seed: int = 0) -> YanModel:
-    """Give every parameter a random value, so that no zero of an initialisation hides a mistake."""
+    """Give every parameter a random value, so that no zero of an initialisation hides a mistake.
+
+    Cross-attention and experts get large ones: an answer that hardly depends on its source, but on the noise alone,
+    would hide mistakes in reading the source.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         fan_in = parameter.shape[-2] if parameter.ndim == 3 else parameter.shape[-1]
         std = 0.3 if parameter.ndim == 1 else fan_in**-0.5
+        if parameter.ndim > 1 and ("cross_attention" in name or "experts" in name):
+            std *= 3
         with torch.no_grad():
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
