@@ -211,7 +211,14 @@ def _train_tokenizer(config: RunConfig, corpus: ray.data.Dataset, column: str, p
             fields = fields_of(row, dataset.columns)
             yield from (fields[f] for f in task.fields if isinstance(fields.get(f), str))
 
-    return Tokenizer.train(texts(), config.tokenizer)
+    read = texts()
+    first = next(read, None)
+    if first is None:
+        raise DataError(
+            f"data set {config.data.dataset!r} gave no usable train row: it is empty, its filter `where` matches none, "
+            f"or no row has text in {', '.join(task.fields)}"
+        )
+    return Tokenizer.train(itertools.chain([first], read), config.tokenizer)
 
 
 def _write(rows: ray.data.Dataset, folder: Path, data: DataConfig, shuffle_seed: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -93,7 +94,22 @@ def _huggingface_rows(data: DataConfig, dataset: DatasetConfig, split: str) -> r
         stream = datasets.load_dataset(name, dataset.config_name, split=split, streaming=True)
     except (OSError, ValueError) as error:  # unreachable hub, no such data set, no such split
         raise DataError(f"cannot open the Hugging Face data set {name!r}, split {split!r}: {error}") from error
-    return ray.data.from_huggingface(stream)
+    shards = [{"shard": i, "num_shards": stream.num_shards} for i in range(stream.num_shards)]
+    # Not ray.data.from_huggingface: it asks the hub for a data set called like a local folder, and would take it.
+    listed = ray.data.from_items(shards, override_num_blocks=len(shards))
+    return listed.map_batches(_ReadHuggingFace(stream), batch_format="pyarrow", batch_size=1)
+
+
+class _ReadHuggingFace:
+    """One shard of a streamed Hugging Face data set -> its rows, a table at a time."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+        for shard in shards.to_pylist():
+            part = self.stream.shard(shard["num_shards"], shard["shard"])
+            yield from part.with_format("arrow").iter(batch_size=1024)
 
 
 def read_rows(data: DataConfig, name: str, split: str, seed: int) -> ray.data.Dataset:

@@ -66,7 +66,7 @@ def pad_rows(rows: Sequence[Row], fill: int, length: int | None = None) -> tuple
     length = max(1, int(lengths.max())) if length is None else length
     mask = torch.arange(length) < lengths[:, None]
     ids = torch.full((len(rows), length), fill, dtype=torch.int64)
-    ids[mask] = torch.cat([torch.as_tensor(row, dtype=torch.int64) for row in rows])
+    ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
     return ids, mask
 
 

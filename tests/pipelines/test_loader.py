@@ -17,7 +17,7 @@ def pool(lengths):
     rows = [list(range(4, 4 + n)) for n in lengths]
     epoch = pa.array([0] * len(rows), pa.int32())
     ids = pa.array(rows, pa.list_(pa.int32()))
-    return pa.table({"epoch": epoch, "source": ids, "target": ids})
+    return pa.table({"epoch": epoch, "source": ids, "target": pa.array([r[:2] for r in rows], pa.list_(pa.int32()))})
 
 
 def collate(batch_size, skip=0):

@@ -158,7 +158,7 @@ def test_empty_and_broken_files(tmp_path):
 
 
 def test_a_filter_that_matches_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="gave no train row"):
+    with pytest.raises(DataError, match="gave no usable train row.*filter `where` matches none"):
         prepare(config_for(tmp_path, rows=[r for r in ROWS if r["task"] == "b"]), tmp_path / "out")
 
 
