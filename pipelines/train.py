@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 import yan_core
@@ -282,7 +284,7 @@ def train_stage(
         ),
     )
     try:
-        result = trainer.fit()
+        result = fit_interruptibly(trainer)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         raise TrainingFailed(f"stage {stage} failed: {reason_of(failures, error)}") from error
@@ -291,6 +293,22 @@ def train_stage(
         model, tokenizer, details = from_pretrained(Path(folder) / "model")
     save_pretrained(output, model, tokenizer, details)
     return dict(result.metrics or {})
+
+
+def fit_interruptibly(trainer: TorchTrainer) -> Result:
+    """`trainer.fit()`, beside the main thread: there it would put a SIGINT handler of its own in place that ends the
+    process without the clean-up of its callers (and with status 0).
+    """
+    done: Future[Result] = Future()
+
+    def fit() -> None:
+        try:
+            done.set_result(trainer.fit())
+        except BaseException as error:  # handed to the caller as it is
+            done.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    return done.result()
 
 
 def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:
