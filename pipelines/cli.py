@@ -147,7 +147,7 @@ def _evaluate(args: list[str]) -> int:
     result = summary(quality, len(rows), Path(chosen.model), chosen.data)
     print(json.dumps(result, indent=2))
     if chosen.json:
-        from pipelines.run import write_file
+        from yan_core.files import write_file
 
         write_file(Path(chosen.json), json.dumps(result, indent=2))
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import yan_core
-from yan_core.checkpoint import code_commit
+from yan_core.files import code_commit
 from yan_core.metrics import exact_match
 from yan_core.tasks import get_task
 

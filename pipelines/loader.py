@@ -1,4 +1,4 @@
-"""Prepared shards -> a Ray Data stream -> the batches of a stage.
+"""A worker's share of the stream of rows -> the batches of a stage.
 
 A worker takes a pool of several batches at a time from its stream, sorts the pool by length and cuts it into batches,
 so that a batch holds rows of like length and little padding.
@@ -7,59 +7,20 @@ so that a batch holds rows of like length and little padding.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 
-from pipelines.prepare import Prepared
 from yan_core.batching import Batch, autoencoder_batch, infilling_batch, task_batch
 from yan_core.config import RunConfig
 from yan_core.noise import fold
 
 POOL_BATCHES = 8
 """Batches sorted by length together."""
-
-
-class ReadShard:
-    """(path, epoch) -> the rows of a prepared shard, each with its epoch."""
-
-    def __init__(self, columns: list[str]) -> None:
-        self.columns = columns
-
-    def __call__(self, shards: pa.Table) -> pa.Table:
-        """Read the shards of one block."""
-        tables = []
-        for shard in shards.to_pylist():
-            table = pq.read_table(shard["path"], columns=self.columns)
-            tables.append(table.append_column("epoch", pa.array(np.full(table.num_rows, shard["epoch"], np.int32))))
-        return pa.concat_tables(tables)
-
-
-def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Dataset:
-    """The lazy stream of all rows a stage will read: its shards epoch after epoch, in a new, seeded order each time.
-
-    One stream for all epochs: to end one and begin the next costs Ray Data seconds, and `read_parquet` would read a
-    file that is named twice only once (EXPERIMENTS, 2026-11-23).
-    """
-    settings = getattr(config.stages, stage)
-    # Each worker's last, partial pool of an epoch is not lost but joins the next one; one epoch more is room for that.
-    epochs = math.ceil(settings.max_steps * settings.batch_size / prepared.num_rows(stage)) + 1
-    files = prepared.files(stage)
-    shards = [
-        {"path": files[i], "epoch": epoch}
-        for epoch in range(epochs)
-        for i in np.random.default_rng([config.seed, epoch]).permutation(len(files))
-    ]
-    columns = ["source", "target"] if stage == "finetune" else ["target"]
-    listed = ray.data.from_items(shards, override_num_blocks=len(shards))
-    return listed.map_batches(ReadShard(columns), batch_format="pyarrow", batch_size=1)
 
 
 def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import ray.data
 
 from pipelines.sources import DataError, fields_of, find_dataset, read_files, read_rows
-from yan_core.checkpoint import atomic_folder, from_pretrained, sha256_file
 from yan_core.config import DataConfig, DatasetConfig, RunConfig
+from yan_core.files import atomic_folder, sha256_file
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import Tokenizer
 
@@ -265,6 +265,8 @@ def prepare(config: RunConfig, folder: Path) -> Prepared:
                 SourceTexts(task, dataset, str(quarantine["corpus"])), batch_format="pyarrow", batch_size=1024
             )
         if config.init_from:
+            from yan_core.checkpoint import from_pretrained  # brings torch, which tokenising workers do without
+
             tokenizer = from_pretrained(config.init_from)[1]
         else:
             tokenizer = _train_tokenizer(config, corpus, column, pairs)

@@ -25,9 +25,10 @@ from pipelines.evaluation import Quality, evaluate_model
 from pipelines.prepare import Prepared, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset
 from pipelines.tracking import Tracker
-from pipelines.train import STAGES, train_stage
-from yan_core.checkpoint import CheckpointError, atomic_folder, code_commit, read_config
+from pipelines.train import STAGES, StageJob, train_stages
+from yan_core.checkpoint import CheckpointError, read_config
 from yan_core.config import RunConfig, to_dict
+from yan_core.files import atomic_folder, code_commit, write_file
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,6 @@ def read_inputs(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
 def up_to_date(name: str, recorded: Path, inputs: dict[str, Any], whole: bool) -> bool:
     """Decide whether a step's result can stay, and say why."""
     old = read_inputs(recorded)
@@ -217,30 +210,30 @@ def train_steps(
 ) -> Path:
     """Train the stages that are not up to date; returns the last stage's model folder."""
     before = fingerprint(data_inputs(config))
-    model = Path(config.init_from) if config.init_from else None
-    trained = False
+    model = str(Path(config.init_from).resolve()) if config.init_from else ""
+    jobs = []
     for stage in STAGES:
         if getattr(config.stages, stage).max_steps == 0:
             say(f"{stage}: left out (stages.{stage}.max_steps=0)")
             continue
         inputs = stage_inputs(config, stage, before)
         before = fingerprint(inputs)
-        output, recorded = folder / "stages" / stage, folder / "stages" / f"{stage}.inputs.json"
-        if not up_to_date(stage, recorded, inputs, _model_is_whole(output)):
-            started = time.perf_counter()
-            recorded.unlink(missing_ok=True)
-            attempt = f"{stage}-{before}"
-            with progress_lines() as board:
-                train_stage(config, stage, prepared, model, output, folder / "checkpoints", attempt, board, tracker)
-            write_file(recorded, json.dumps(inputs, indent=2))
-            for old in (folder / "checkpoints").glob(f"{stage}-*"):
-                shutil.rmtree(old, ignore_errors=True)
-            seconds[stage] = time.perf_counter() - started
-            say(f"{stage}: done in {seconds[stage]:.0f} s")
-        model, trained = output, True
-    if model is None or not trained:
+        output, record = (folder / "stages" / stage).resolve(), (folder / "stages" / f"{stage}.inputs.json").resolve()
+        if not up_to_date(stage, record, inputs, _model_is_whole(output)):
+            record.unlink(missing_ok=True)
+            jobs.append(StageJob(stage, inputs, before, model, str(output), str(record)))
+        model = str(output)
+    if before == fingerprint(data_inputs(config)):
         raise ValueError("every stage has max_steps=0: nothing to train")
-    return model
+    if jobs:
+        started = time.perf_counter()
+        say(f"training: {config.scaling.num_workers} workers start")
+        with progress_lines() as board:
+            train_stages(config, jobs, prepared, folder / "checkpoints", board, tracker)
+        seconds["training"] = time.perf_counter() - started
+        say(f"training: done in {seconds['training']:.0f} s")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return Path(model)
 
 
 def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: Tracker) -> list[Quality]:

@@ -1,4 +1,7 @@
-"""Ray Train: one stage over N workers, from a Ray Data stream, with checkpoints that a restart goes on from."""
+"""Ray Train: the stages of a run over N workers, from Ray Data streams, with checkpoints that a restart goes on from.
+
+One `TorchTrainer` for all stages: to start the workers and their stream costs half a minute on two cores.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
@@ -17,16 +21,18 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, Scali
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 import yan_core
-from pipelines.loader import open_stage, stage_batches
+from pipelines.loader import stage_batches
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.sources import DataError
-from pipelines.tracking import Tracker
-from yan_core.checkpoint import code_fingerprint, from_pretrained, save_pretrained
+from pipelines.stream import open_stage
+from yan_core.checkpoint import from_pretrained, save_pretrained
 from yan_core.config import RunConfig, StageConfig, from_dict, to_dict
+from yan_core.files import code_fingerprint, write_file
 from yan_core.loss import Objective
 from yan_core.model import YanModel, build_model
 from yan_core.tokenization import Tokenizer
 from yan_core.training import (
+    NonFiniteLoss,
     TrainingFailed,
     build_optimizer,
     draw_solver_steps,
@@ -35,6 +41,9 @@ from yan_core.training import (
     set_training_mode,
     train_step,
 )
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
 
 STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
@@ -50,12 +59,33 @@ def model_details(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class StageJob:
+    """A stage to be trained.
+
+    Attributes:
+        stage: One of STAGES.
+        inputs: What its result depends on, written beside it.
+        fingerprint: Hash of `inputs`; a checkpoint with another one is not gone on from.
+        init_from: Model folder of the stage before, or empty for fresh weights.
+        output: Where the model folder goes, when it is complete.
+        record: File that then gets `inputs`.
+    """
+
+    stage: str
+    inputs: dict[str, Any]
+    fingerprint: str
+    init_from: str
+    output: str
+    record: str
+
+
 class StageState:
     """Model, optimizer and position of a stage: what a checkpoint holds."""
 
-    def __init__(self, config: RunConfig, stage: str, model: YanModel, tokenizer: Tokenizer) -> None:
-        self.config, self.stage, self.model, self.tokenizer = config, stage, model, tokenizer
-        self.settings: StageConfig = getattr(config.stages, stage)
+    def __init__(self, config: RunConfig, job: StageJob, model: YanModel, tokenizer: Tokenizer) -> None:
+        self.config, self.job, self.model, self.tokenizer = config, job, model, tokenizer
+        self.settings: StageConfig = getattr(config.stages, job.stage)
         freeze_all_but(model, self.settings.trains)
         self.optimizer = build_optimizer(model, self.settings.optim)
         self.step = 0
@@ -63,21 +93,27 @@ class StageState:
     @property
     def loss_config(self) -> Any:
         """The stage's objective."""
-        return self.config.autoencoder_loss if self.stage == "autoencoder" else self.config.flow_loss
+        return self.config.autoencoder_loss if self.job.stage == "autoencoder" else self.config.flow_loss
 
     def save(self, folder: Path) -> None:
         """Write everything a restart needs."""
         save_pretrained(folder / "model", self.model, self.tokenizer, model_details(self.config))
         # Tensors and plain values only, so that it is read back with weights_only=True.
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / "position.json").write_text(json.dumps({"step": self.step}), encoding="utf-8")
+        position = {"stage": self.job.stage, "fingerprint": self.job.fingerprint, "step": self.step}
+        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         saved, _, _ = from_pretrained(folder / "model")
         self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        self.step = json.loads((folder / "position.json").read_text(encoding="utf-8"))["step"]
+        self.step = read_position(folder)["step"]
+
+
+def read_position(folder: Path) -> dict[str, Any]:
+    """Where a checkpoint was taken: stage, fingerprint of its inputs, step."""
+    return json.loads((folder / "position.json").read_text(encoding="utf-8"))
 
 
 class Reporter:
@@ -93,10 +129,15 @@ class Reporter:
         self.since, self.steps, self.tokens, self.wait_s = time.perf_counter(), 0, 0, 0.0
         self.sums: dict[str, torch.Tensor] = {}
 
+    @property
+    def seconds(self) -> float:
+        """Time since this stage began or went on."""
+        return time.perf_counter() - self.started
+
     def say(self, line: str) -> None:
         """Show a line on the driver's terminal."""
         if self.board is not None:
-            self.board.add.remote(f"  {self.state.stage:<11} {line}")
+            self.board.add.remote(f"  {self.state.job.stage:<11} {line}")
 
     def add(self, metrics: dict[str, torch.Tensor], tokens: int, wait_s: float) -> None:
         """Count one step."""
@@ -124,11 +165,11 @@ class Reporter:
             f"{rate / 1000:.1f}k tok/s wait {self.wait_s / elapsed:.0%}{load} left {left_s:.0f}s"
         )
         if self.tracker is not None:
-            named = {f"{self.state.stage}/train/{k}": v for k, v in means.items()}
+            named = {f"{self.state.job.stage}/train/{k}": v for k, v in means.items()}
             named |= {
-                f"{self.state.stage}/train/lr": lr,
-                f"{self.state.stage}/perf/tokens_per_s": rate,
-                f"{self.state.stage}/perf/data_wait_share": self.wait_s / elapsed,
+                f"{self.state.job.stage}/train/lr": lr,
+                f"{self.state.job.stage}/perf/tokens_per_s": rate,
+                f"{self.state.job.stage}/perf/data_wait_share": self.wait_s / elapsed,
             }
             self.tracker.metrics(named, step)
         self._clear()
@@ -147,11 +188,11 @@ def save_checkpoint(state: StageState, metrics: dict[str, float], rank: int) -> 
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """What each worker runs: one stage from its start, or from the newest checkpoint, to its last step.
+    """What each worker runs: the stages in order, from the start or from the newest checkpoint.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stage`, `prepared` and `init_from` (folders), `code` (hash
-            of the driver's yan_core), `board` and `mlflow` (for rank 0).
+        job: `config` (a RunConfig as a dictionary), `stages` (StageJobs), `prepared` (folder), `code` (hash of the
+            driver's yan_core), `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -162,42 +203,70 @@ def train_loop(job: dict[str, Any]) -> None:
             "mid-run"
         )
     config = from_dict(RunConfig, job["config"])
-    stage: str = job["stage"]
+    stages: list[StageJob] = job["stages"]
     tokenizer = open_prepared(Path(job["prepared"])).tokenizer
-    if job["init_from"]:
-        model, _, _ = from_pretrained(job["init_from"])
-    else:
-        model = build_model(config.model, tokenizer.vocab_size, config.seed)
-    torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout alone uses the global generator
     device = get_device()
-    model = model.to(device)
-    state = StageState(config, stage, model, tokenizer)
+    board = job["board"] if rank == 0 else None
+    tracker = None
+    if rank == 0 and job["mlflow"]:
+        from pipelines.tracking import Tracker  # two seconds of imports that only this worker needs
+
+        tracker = Tracker(*job["mlflow"])
+
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            state.restore(Path(folder))
+            fingerprint = read_position(Path(folder))["fingerprint"]
+        at = [i for i, stage in enumerate(stages) if stage.fingerprint == fingerprint]
+        stages = stages[at[0] :] if at else stages
+        checkpoint = checkpoint if at else None  # of a stage that is done, or whose inputs have changed since
 
-    objective = Objective(model, state.loss_config)
+    model: YanModel | None = None
+    for stage in stages:
+        if model is None:
+            if stage.init_from:
+                model, _, _ = from_pretrained(stage.init_from)
+            else:
+                model = build_model(config.model, tokenizer.vocab_size, config.seed)
+            model = model.to(device)
+        state = StageState(config, stage, model, tokenizer)
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                state.restore(Path(folder))
+            checkpoint = None
+        reporter = Reporter(state, board, tracker, workers)
+        if state.step:
+            reporter.say(f"goes on from its checkpoint at step {state.step}")
+        train_one_stage(state, reporter, rank, workers, device)
+        if rank == 0:
+            save_pretrained(stage.output, model, tokenizer, model_details(config))
+            write_file(Path(stage.record), json.dumps(stage.inputs, indent=2))
+            reporter.say(f"done in {reporter.seconds:.0f} s")
+
+
+def train_one_stage(state: StageState, reporter: Reporter, rank: int, workers: int, device: torch.device) -> None:
+    """Train from `state.step` to the stage's last step, with a checkpoint now and then and one at the end."""
+    config, stage, settings = state.config, state.job.stage, state.settings
+    torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout alone uses the global generator
+    objective = Objective(state.model, state.loss_config)
     wrapped = prepare_model(objective, move_to_device=False) if workers > 1 else objective
-    tracker = Tracker(*job["mlflow"]) if rank == 0 and job["mlflow"] else None
-    reporter = Reporter(state, job["board"] if rank == 0 else None, tracker, workers)
-    if checkpoint is not None:
-        reporter.say(f"goes on from its checkpoint at step {state.step}")
-    set_training_mode(model, state.settings.trains)
-    optim, saved_at = state.settings.optim, time.perf_counter()
-    shard = ray.train.get_dataset_shard("rows")
+    set_training_mode(state.model, settings.trains)
+    shard = ray.train.get_dataset_shard(stage)
     batches = stage_batches(shard, config, stage, workers, skip_steps=state.step)
     means: dict[str, float] = {}
-    lr = 0.0
-    while state.step < state.settings.max_steps:
+    lr, saved_at = 0.0, time.perf_counter()
+    while state.step < settings.max_steps:
         asked = time.perf_counter()
         batch = next(batches).to(device)
         wait_s = time.perf_counter() - asked
-        lr = learning_rate(state.step, state.settings.max_steps, optim)
+        lr = learning_rate(state.step, settings.max_steps, settings.optim)
         num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
-        metrics = train_step(
-            wrapped, batch, state.optimizer, num_steps, lr, optim.clip_norm, bf16=device.type == "cuda"
-        )
+        try:
+            metrics = train_step(
+                wrapped, batch, state.optimizer, num_steps, lr, settings.optim.clip_norm, bf16=device.type == "cuda"
+            )
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"stage {stage}, step {state.step + 1}: {error}") from error
         state.step += 1
         reporter.add(metrics, batch.num_tokens, wait_s)
         if rank == 0 and reporter.due():
@@ -220,79 +289,64 @@ def agree(here: bool, device: torch.device, workers: int) -> bool:
     return bool(answer.item())
 
 
-def train_stage(
+def train_stages(
     config: RunConfig,
-    stage: str,
+    stages: list[StageJob],
     prepared: Prepared,
-    init_from: Path | None,
-    output: Path,
     storage: Path,
-    attempt: str,
     board: ActorHandle | None = None,
     tracker: Tracker | None = None,
-) -> dict[str, Any]:
-    """Train one stage and leave its model folder at `output`.
+) -> None:
+    """Train stages, one after the other, and leave each one's model folder at its `output`.
 
     Args:
         config: The run.
-        stage: One of STAGES.
-        prepared: Its data.
-        init_from: Model folder of the stage before, or None for fresh weights.
-        output: Where the trained model goes, when it is complete.
-        storage: Folder (shared by all nodes) for checkpoints while it runs.
-        attempt: Name of this training; the same name goes on from its newest checkpoint.
+        stages: What to train, in order.
+        prepared: The data.
+        storage: Folder (shared by all nodes) for checkpoints. What an earlier call left there is gone on from.
         board: Takes progress lines.
         tracker: MLflow run.
-
-    Returns:
-        The last metrics.
 
     Raises:
         DataError: If there are fewer rows than one batch.
         TrainingFailed: If it gave up after scaling.max_failures.
     """
-    settings: StageConfig = getattr(config.stages, stage)
-    rows = prepared.num_rows(stage)
-    if rows < settings.batch_size:
-        raise DataError(f"stage {stage} has {rows} rows, fewer than stages.{stage}.batch_size={settings.batch_size}")
+    for job in stages:
+        rows, batch_size = prepared.num_rows(job.stage), getattr(config.stages, job.stage).batch_size
+        if rows < batch_size:
+            raise DataError(f"stage {job.stage} has {rows} rows, fewer than stages.{job.stage}.batch_size={batch_size}")
     scaling = config.scaling
-    job = {
+    loop_config = {
         "config": to_dict(config),
-        "stage": stage,
+        "stages": stages,
         "prepared": str(prepared.folder.resolve()),
-        "init_from": str(init_from.resolve()) if init_from else None,
         "code": code_fingerprint(),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,
     }
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=job,
-        datasets={"rows": open_stage(prepared, stage, config)},
-        dataset_config=DataConfig(datasets_to_split=["rows"]),
+        train_loop_config=loop_config,
+        datasets={job.stage: open_stage(prepared, job.stage, config) for job in stages},
+        dataset_config=DataConfig(datasets_to_split="all"),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=attempt,
+            name="training",  # the same name goes on from its newest checkpoint
             storage_path=str(storage.resolve()),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=scaling.keep_checkpoints),
-            callbacks=[SayRestarts(stage, board)] if board is not None else None,
+            callbacks=[SayRestarts(board)] if board is not None else None,
         ),
     )
     try:
-        result = fit_interruptibly(trainer)
+        fit_interruptibly(trainer)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
-        raise TrainingFailed(f"stage {stage} failed: {reason_of(failures, error)}") from error
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        model, tokenizer, details = from_pretrained(Path(folder) / "model")
-    save_pretrained(output, model, tokenizer, details)
-    return dict(result.metrics or {})
+        raise TrainingFailed(f"training failed: {reason_of(failures, error)}") from error
 
 
 def fit_interruptibly(trainer: TorchTrainer) -> Result:
@@ -323,11 +377,11 @@ def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:
 class SayRestarts(UserCallback):
     """Tells the driver's terminal that a worker failed, before the workers start again."""
 
-    def __init__(self, stage: str, board: ActorHandle) -> None:
-        self.stage, self.board = stage, board
+    def __init__(self, board: ActorHandle) -> None:
+        self.board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller."""
         ranks = ", ".join(map(str, worker_exceptions))
         error = next(iter(worker_exceptions.values()))
-        self.board.add.remote(f"  {self.stage:<11} worker {ranks} failed: {reason_of(worker_exceptions, error)[:300]}")
+        self.board.add.remote(f"  training    worker {ranks} failed: {reason_of(worker_exceptions, error)[:300]}")

@@ -6,14 +6,7 @@ two; it is checked on loading. A folder appears under its name only when it is c
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from yan_core.config import ModelConfig, from_dict, to_dict
+from yan_core.files import atomic_folder, code_commit, sha256_file
 from yan_core.model import YanModel, build_model
 from yan_core.tokenization import Tokenizer
 
@@ -34,56 +28,6 @@ FORMAT_VERSION = 1
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another format."""
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a scratch folder that takes the place of `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # a process of the same id (1 in a container) may have left it
-            path.rename(old)
-        scratch.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=1)
-def code_commit() -> str:
-    """Commit of the code that runs, with `-dirty` where files differ from it; `unknown` outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        found = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("YAN_COMMIT", "unknown")
-    return found.stdout.strip()
-
-
-@lru_cache(maxsize=1)
-def code_fingerprint() -> str:
-    """Short hash of this package's source files: equal where the same code runs, whatever the commit is called."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipelines.cluster import ray_session
-from pipelines.loader import StageCollate, open_stage, row_keys
+from pipelines.loader import StageCollate, row_keys
 from pipelines.prepare import Prepared
+from pipelines.stream import open_stage
 from yan_core.config import RunConfig, from_dict
 from yan_core.tokenization import Tokenizer
 
