@@ -15,12 +15,10 @@ import pyarrow as pa
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 
+from pipelines.stream import POOL_BATCHES, kept_batches
 from yan_core.batching import Batch, autoencoder_batch, infilling_batch, task_batch
-from yan_core.config import RunConfig
+from yan_core.config import RunConfig, StageConfig
 from yan_core.noise import fold
-
-POOL_BATCHES = 8
-"""Batches sorted by length together."""
 
 
 def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -49,18 +47,19 @@ class StageCollate(ArrowBatchCollateFn):
             skip_steps: Batches at the start of the stream to pass over.
         """
         self.config, self.stage, self.skip = config, stage, skip_steps
-        self.batch_size = getattr(config.stages, stage).batch_size // workers
-        self.pools = 0
+        self.settings: StageConfig = getattr(config.stages, stage)
+        self.batch_size = self.settings.batch_size // workers
+        self.pools = self.step = 0
 
     def __call__(self, table: pa.Table) -> list[dict[str, torch.Tensor]]:
         """Sort by length, cut, corrupt, pad."""
-        whole = table.num_rows // self.batch_size
+        kept = kept_batches(table.num_rows // self.batch_size, self.step, self.settings.curriculum_steps)
         # The same order of lengths on every worker: they wait for each other at every step.
-        places = np.random.default_rng([self.config.seed, self.pools]).permutation(whole)
-        self.pools += 1
-        skipped = min(self.skip, whole)
+        places = np.random.default_rng([self.config.seed, self.pools]).permutation(kept)
+        self.pools, self.step = self.pools + 1, self.step + kept
+        skipped = min(self.skip, kept)
         self.skip -= skipped
-        if skipped == whole:
+        if skipped == kept:
             return []
         epochs = table.column("epoch").to_numpy()
         rows = {name: _rows(table.column(name)) for name in table.column_names if name != "epoch"}

@@ -10,7 +10,26 @@ import pyarrow.parquet as pq
 import ray.data
 
 from pipelines.prepare import Prepared
-from yan_core.config import RunConfig
+from yan_core.config import RunConfig, StageConfig
+
+POOL_BATCHES = 8
+"""Batches that a worker sorts by length together."""
+
+
+def kept_batches(whole: int, step: int, curriculum_steps: int) -> int:
+    """How many of a pool's `whole` batches, the shortest first, are used at a step."""
+    if step >= curriculum_steps:
+        return whole
+    return max(1, math.ceil(whole * (step + 1) / curriculum_steps)) if whole else 0
+
+
+def batches_read(settings: StageConfig) -> int:
+    """Batches a stage reads for its steps: more than it has steps where a curriculum leaves long rows out."""
+    step = pools = 0
+    while step < settings.max_steps:
+        step += kept_batches(POOL_BATCHES, step, settings.curriculum_steps)
+        pools += 1
+    return pools * POOL_BATCHES
 
 
 class ReadShard:
@@ -36,7 +55,7 @@ def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Da
     """
     settings = getattr(config.stages, stage)
     # Each worker's last, partial pool of an epoch is not lost but joins the next one; one epoch more is room for that.
-    epochs = math.ceil(settings.max_steps * settings.batch_size / prepared.num_rows(stage)) + 1
+    epochs = math.ceil(batches_read(settings) * settings.batch_size / prepared.num_rows(stage)) + 1
     files = prepared.files(stage)
     shards = [
         {"path": files[i], "epoch": epoch}

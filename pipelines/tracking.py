@@ -6,12 +6,14 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import mlflow
+from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from yan_core.config import RunConfig
@@ -73,14 +75,14 @@ class Tracker:
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters that are not recorded yet."""
         known = self.client.get_run(self.run_id).data.params
-        for name, value in values.items():
-            if name not in known:
-                self.client.log_param(self.run_id, name, str(value)[:500])
+        new = [Param(name, str(value)[:500]) for name, value in values.items() if name not in known]
+        for start in range(0, len(new), 100):  # the most that MLflow takes at once
+            self.client.log_batch(self.run_id, params=new[start : start + 100])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record metrics of a step."""
-        for name, value in values.items():
-            self.client.log_metric(self.run_id, name, float(value), step=step)
+        """Record metrics of a step, in one transaction: rank 0 calls this while the other workers wait."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -131,11 +133,13 @@ class Tracker:
                     artifacts={"model": str(copy)},
                     code_paths=[str(Path(yan_core.__file__).parent)],
                     pip_requirements=["torch", "tokenizers", "safetensors", "pyyaml", "numpy"],
-                    registered_model_name=name,
                 )
-        version = str(info.registered_model_version)
+        if not self.client.search_registered_models(f"name = '{name}'"):
+            self.client.create_registered_model(name)
+        stored = self.client.get_logged_model(info.model_id).artifact_location
+        version = self.client.create_model_version(name, stored, self.run_id, model_id=info.model_id).version
         self.client.set_registered_model_alias(name, alias, version)
-        return version
+        return str(version)
 
     def finish(self, status: str) -> None:
         """Mark the run `FINISHED`, `FAILED` or `KILLED`."""

@@ -119,7 +119,8 @@ class ModelConfig:
             f"model.d_model={self.d_model} must be a multiple of 2 * model.num_heads={2 * self.num_heads} "
             "(rotary positions need an even head width)",
         )
-        for name in ("decoder_blocks", "flow_blocks", "cross_attention_every", "num_experts", "segment_length"):
+        counts = ("decoder_blocks", "flow_blocks", "cross_attention_every", "num_experts", "segment_length")
+        for name in (*counts, "ffn_multiple", "max_positions"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
         _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
@@ -150,6 +151,9 @@ class AutoencoderLossConfig:
         for name in ("clean_share", "mask_share"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"autoencoder_loss.{name} must be in [0, 1], got {value}")
+        for name in ("latent_noise", "weight_l2", "weight_mmd"):
+            value = getattr(self, name)
+            _require(value >= 0, f"autoencoder_loss.{name} must be >= 0, got {value}")
         _require(self.max_span >= 1, f"autoencoder_loss.max_span must be >= 1, got {self.max_span}")
         _require(self.mmd_tokens >= 2, f"autoencoder_loss.mmd_tokens must be >= 2, got {self.mmd_tokens}")
 
@@ -185,6 +189,8 @@ class FlowLossConfig:
     """Weight of KL(mean gate || uniform) at t = 0."""
     weight_entropy: float = 0.0
     """Weight of the entropy bonus of the gate at t = 0."""
+    fill_weight: float = 0.1
+    """Weight of the end-of-text tokens after the first one, which fill a short target up and are never shown."""
     source_mask_share: float = 0.0
     """Share of source tokens replaced by the mask token in training, a regulariser for small data."""
     corpus_mask_share: float = 0.12
@@ -201,7 +207,7 @@ class FlowLossConfig:
         for name in ("time_alpha", "time_beta"):
             value = getattr(self, name)
             _require(value > 0, f"flow_loss.{name} must be > 0, got {value}")
-        for name in ("source_mask_share", "corpus_mask_share"):
+        for name in ("fill_weight", "source_mask_share", "corpus_mask_share"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"flow_loss.{name} must be in [0, 1], got {value}")
 
@@ -225,6 +231,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
         _require(self.clip_norm > 0, f"optim.clip_norm must be > 0, got {self.clip_norm}")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
         _require(0 < self.beta2 < 1, f"optim.beta2 must be in (0, 1), got {self.beta2}")
@@ -244,11 +251,15 @@ class StageConfig:
     """Rows of a step over all workers."""
     trains: tuple[Part, ...] = ("source_encoder", "flow")
     """Parts that learn; the others are frozen."""
+    curriculum_steps: int = 0
+    """Steps over which rows grow from the shortest eighth of what is read to all of it; 0: all lengths from the start.
+    On the built-in world 500 steps of it halved the steps to bind people to places (EXPERIMENTS, 2026-11-23)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of this stage."""
 
     def __post_init__(self) -> None:
         _require(self.max_steps >= 0, f"stage.max_steps must be >= 0, got {self.max_steps}")
+        _require(self.curriculum_steps >= 0, f"stage.curriculum_steps must be >= 0, got {self.curriculum_steps}")
         _require(self.batch_size >= 1, f"stage.batch_size must be >= 1, got {self.batch_size}")
         _require(len(self.trains) > 0, "stage.trains must name at least one part of the model, got none")
 
@@ -344,15 +355,16 @@ class ScalingConfig:
     cpus_per_worker: float = 1.0
     """Logical CPUs a worker reserves; its PyTorch threads follow."""
     max_failures: int = 3
-    """Worker failures after which a stage is given up."""
+    """Worker failures after which training is given up; -1: never."""
     checkpoint_every_s: float = 20.0
     """Seconds between checkpoints, besides the one at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept of a running stage."""
+    """Newest checkpoints kept while training."""
 
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, f"scaling.num_workers must be >= 1, got {self.num_workers}")
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker must be > 0, got {self.cpus_per_worker}")
+        _require(self.max_failures >= -1, f"scaling.max_failures must be >= 0, or -1, got {self.max_failures}")
         _require(self.keep_checkpoints >= 1, f"scaling.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
         _require(self.checkpoint_every_s > 0, f"scaling.checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
 
@@ -373,7 +385,9 @@ class EvaluationConfig:
             len(self.num_steps) > 0 and min(self.num_steps) >= 1,
             f"evaluation.num_steps must name step counts >= 1, got {self.num_steps}",
         )
-        _require(self.max_rows >= 1, f"evaluation.max_rows must be >= 1, got {self.max_rows}")
+        for name in ("max_rows", "batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"evaluation.{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,8 @@ class TextGenerator:
         seeds = [seeds] * len(sources) if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(sources):
             raise ValueError(f"seeds must be one number or one a source: got {len(seeds)} for {len(sources)} sources")
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"seeds must be in [0, 2**63), got {min(seeds)} to {max(seeds)}")
         length = self.max_target_tokens if max_tokens is None else max_tokens
         encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
         ids, mask = pad_rows([e.ids for e in encodings], Tokenizer.pad_id)

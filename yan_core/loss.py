@@ -29,6 +29,7 @@ from yan_core.moe import (
 from yan_core.noise import Stream, normal, uniform
 from yan_core.path import beta_times, straight_path
 from yan_core.solver import euler, time_grid
+from yan_core.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,29 @@ class LossOutput:
     parts: dict[str, Tensor]
 
 
-def masked_cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over real tokens, nats a token; logits [batch, length, vocab], ids, mask [batch, length]."""
+def token_weights(ids: Tensor, mask: Tensor, fill_weight: float) -> Tensor:
+    """How much each target token counts: 1 up to the first end-of-text token, `fill_weight` after it, 0 at padding.
+
+    What is generated ends at the first end-of-text token; an answer of one word filled up to fourteen tokens would
+    otherwise be a fourteenth of its own loss.
+
+    Args:
+        ids: Target ids, [batch, length].
+        mask: True for real target tokens, the filling included, [batch, length].
+        fill_weight: In [0, 1].
+
+    Returns:
+        float32, [batch, length].
+    """
+    ends = (ids == Tokenizer.eos_id).cumsum(-1)
+    after = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=-1) > 0
+    return mask * torch.where(after, fill_weight, 1.0)
+
+
+def weighted_cross_entropy(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """Mean cross-entropy, nats a token; logits [batch, length, vocab], ids and weight (or mask) [batch, length]."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
-    return (losses * mask).sum() / mask.sum().clamp_min(1)
+    return (losses * weight).sum() / weight.sum().clamp_min(1)
 
 
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, sigmas: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> Tensor:
@@ -83,7 +103,7 @@ def autoencoder_loss(model: YanModel, batch: Batch, config: AutoencoderLossConfi
     scale = uniform(batch.keys, Stream.LATENT_SCALE, (1, 1)) * config.latent_noise
     noisy = latents + scale * normal(batch.keys, Stream.LATENT_NOISE, tuple(latents.shape[1:])).to(latents.dtype)
     logits = model.decoder(noisy)
-    loss_ce = masked_cross_entropy(logits, batch.target_ids, mask)
+    loss_ce = weighted_cross_entropy(logits, batch.target_ids, mask)
     real = latents[mask].float()
     loss_l2 = real.square().mean()
     order = uniform(batch.keys, Stream.MMD, (mask.shape[1],))[mask].argsort()[: config.mmd_tokens]
@@ -106,6 +126,8 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
     """
     mask, length = batch.target_mask, batch.target_ids.shape[1]
     tokens = scope_length(model.config, length)
+    weight = token_weights(batch.target_ids, mask, config.fill_weight)
+    total_weight = weight.sum().clamp_min(1)
     grid = time_grid(num_steps, batch.keys.device)
 
     # Draws, and the path from noise to data.
@@ -123,14 +145,14 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
     gate_0, gate_t = (gate_log_probs(logits, mask, tokens) for logits in gate_logits.chunk(2))
 
     # Which expert explains the velocity: log pi_k + log N(u | v_k).
-    log_likelihood_t = velocity_log_likelihood(velocities_t, path.u_t, mask, config.sigma, tokens)
+    log_likelihood_t = velocity_log_likelihood(velocities_t, path.u_t, weight, config.sigma, tokens)
     if config.likelihood == "joint":
-        log_likelihood_0 = velocity_log_likelihood(velocities_0, path.u_t, mask, config.sigma, tokens)
+        log_likelihood_0 = velocity_log_likelihood(velocities_0, path.u_t, weight, config.sigma, tokens)
         gate, log_joint = gate_0, gate_0 + log_likelihood_0 + log_likelihood_t
     else:
         gate, log_joint = gate_t, gate_t + log_likelihood_t
     # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
-    loss_flow = -log_joint.logsumexp(-1).sum() / (mask.sum().clamp_min(1) * x_1.shape[-1])
+    loss_flow = -log_joint.logsumexp(-1).sum() / (total_weight * x_1.shape[-1])
 
     responsibility = log_joint.detach().softmax(-1)
     scope_is_real = sum_scopes(mask[..., None].to(gate.dtype), mask, tokens)[..., 0] > 0
@@ -147,9 +169,8 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
         return model.flow.experts.one(model.flow.trunk(x, steps[i - 1], source, mask), expert)
 
     endpoint = euler(velocity, x_0, grid)
-    weight = mask[..., None] / (mask.sum().clamp_min(1) * x_1.shape[-1])
-    loss_end = ((endpoint - x_1).float().square() * weight).sum()
-    loss_ce = masked_cross_entropy(model.decoder(endpoint), batch.target_ids, mask)
+    loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / total_weight
+    loss_ce = weighted_cross_entropy(model.decoder(endpoint), batch.target_ids, weight)
 
     loss_balance, entropy = balance_loss(gate_0), gate_entropy(gate_0)
     total = (

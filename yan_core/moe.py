@@ -86,9 +86,9 @@ def scope_length(config: ModelConfig, length: int) -> int:
     return {"token": 1, "segment": min(config.segment_length, length), "sequence": length}[config.expert_scope]
 
 
-def sum_scopes(values_BLK: Tensor, mask_BL: Tensor, tokens: int) -> Tensor:
-    """Sum over the real tokens of each scope of `tokens` tokens: [batch, scopes, num_experts]."""
-    values = values_BLK * mask_BL[..., None]
+def sum_scopes(values_BLK: Tensor, weight_BL: Tensor, tokens: int) -> Tensor:
+    """Sum over each scope of `tokens` tokens, by their weights or mask: [batch, scopes, num_experts]."""
+    values = values_BLK * weight_BL[..., None]
     short = -values.shape[1] % tokens
     return F.pad(values, (0, 0, 0, short)).unflatten(1, (-1, tokens)).sum(2)
 
@@ -99,10 +99,13 @@ def gate_log_probs(logits_BLK: Tensor, mask_BL: Tensor, tokens: int) -> Tensor:
     return F.log_softmax((sum_scopes(logits_BLK, mask_BL, tokens) / count).float(), dim=-1)
 
 
-def velocity_log_likelihood(v_BLKD: Tensor, u_BLD: Tensor, mask_BL: Tensor, sigma: float, tokens: int) -> Tensor:
-    """log N(u | v_k, sigma^2 I) of each scope, without the normalising constant: [batch, scopes, num_experts]."""
+def velocity_log_likelihood(v_BLKD: Tensor, u_BLD: Tensor, weight_BL: Tensor, sigma: float, tokens: int) -> Tensor:
+    """log N(u | v_k, sigma^2 I) of each scope, without the normalising constant: [batch, scopes, num_experts].
+
+    Each token counts by its weight; a mask does for weights of 0 and 1.
+    """
     squared_BLK = (v_BLKD - u_BLD[:, :, None]).float().square().sum(-1)
-    return sum_scopes(squared_BLK, mask_BL, tokens) * (-0.5 / sigma**2)
+    return sum_scopes(squared_BLK, weight_BL, tokens) * (-0.5 / sigma**2)
 
 
 def draw_expert(log_probs_BSK: Tensor, uniforms_BS: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def train_step(
     if not bool(torch.isfinite(grad_norm)):
         shown = ", ".join(f"{k}={float(v):.4g}" for k, v in parts.items())
         raise NonFiniteLoss(
-            f"the gradient is not finite (loss={float(loss):.4g}, {shown}); the weights were left as they were. "
+            f"the gradient is not finite (loss={float(loss.detach()):.4g}, {shown}); the weights stay as they were. "
             "Lower optim.lr or optim.clip_norm, or look at the last batch."
         )
     for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ import torch
 from pipelines.cluster import ray_session
 from pipelines.loader import StageCollate, row_keys
 from pipelines.prepare import Prepared
-from pipelines.stream import open_stage
+from pipelines.stream import batches_read, open_stage
 from yan_core.config import RunConfig, from_dict
 from yan_core.tokenization import Tokenizer
 
@@ -32,6 +32,22 @@ def test_a_pool_gives_batches_of_like_length_and_every_row_once():
     seen = [b["source_mask"].sum(-1).tolist() for b in batches]
     assert sorted(sum(seen, [])) == list(range(1, 33))
     assert all(max(s) - min(s) == 7 for s in seen)
+
+
+def test_a_curriculum_begins_with_the_shortest_rows_and_goes_on_alike_after_a_restart():
+    settings = {"stages": {"finetune": {"batch_size": 4, "curriculum_steps": 8, "max_steps": 20}}}
+    config = from_dict(RunConfig, settings)
+
+    def longest(skip):
+        stage = StageCollate(config, "finetune", workers=1, skip_steps=skip)
+        pools = [stage(pool(range(1, 33))) for _ in range(5)]
+        return [int(b["source_mask"].sum(-1).max()) for batches in pools for b in batches], [len(b) for b in pools]
+
+    seen, counts = longest(skip=0)
+    assert counts == [1, 2, 4, 8, 8]
+    assert seen[0] == 4 and sorted(seen[1:3]) == [4, 8] and max(seen[3:7]) == 16 and max(seen[7:15]) == 32
+    assert longest(skip=6)[0] == seen[6:]
+    assert batches_read(config.stages.finetune) == 40
 
 
 def test_a_pool_that_was_sliced_keeps_its_rows():

@@ -103,8 +103,9 @@ def test_wrong_arguments_are_refused() -> None:
         GENERATOR.generate(["Mary"], seeds=[1, 2])
     with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):
         GENERATOR.generate(["Mary"], num_steps=0)
-    with pytest.raises(ValueError):
-        GENERATOR.generate(["Mary"], seeds=2**63)
+    for seed in (2**63, -1):
+        with pytest.raises(ValueError, match=r"seeds must be in \[0, 2\*\*63\)"):
+            GENERATOR.generate(["Mary"], seeds=seed)
     with pytest.raises(ValueError, match=r"data\.task: unknown name 'nothing'"):
         generator_of("nothing")
 

@@ -14,12 +14,14 @@ from yan_core.loss import (
     Objective,
     autoencoder_loss,
     flow_loss,
-    masked_cross_entropy,
     maximum_mean_discrepancy,
+    token_weights,
+    weighted_cross_entropy,
 )
 from yan_core.model import YanModel
 from yan_core.noise import Stream, normal, uniform
 from yan_core.path import beta_times
+from yan_core.tokenization import Tokenizer
 from yan_core.training import freeze_all_but
 
 SCOPES = ("token", "segment", "sequence")
@@ -262,8 +264,34 @@ def test_the_gates_own_loss_pulls_the_gate_as_the_likelihood_does(scope: str, li
 def test_cross_entropy_counts_real_tokens_alone() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[True, True, True], [True, False, False]])
-    torch.testing.assert_close(masked_cross_entropy(logits, ids, mask), F.cross_entropy(logits[mask], ids[mask]))
-    assert float(masked_cross_entropy(logits, ids, mask & False)) == 0
+    torch.testing.assert_close(weighted_cross_entropy(logits, ids, mask), F.cross_entropy(logits[mask], ids[mask]))
+    assert float(weighted_cross_entropy(logits, ids, mask & False)) == 0
+
+
+def test_a_token_counts_fully_up_to_the_first_end_of_text() -> None:
+    end, pad = Tokenizer.eos_id, Tokenizer.pad_id
+    ids = torch.tensor([[7, end, end, end], [end, end, 9, pad], [7, 8, 9, 5]])
+    mask = ids != pad
+    expected = torch.tensor([[1, 1, 0.1, 0.1], [1, 0.1, 0.1, 0], [1, 1, 1, 1]])
+    torch.testing.assert_close(token_weights(ids, mask, 0.1), expected)
+
+
+def test_every_part_of_the_loss_counts_the_filling_by_its_weight() -> None:
+    model, batch = tiny_model(num_experts=1), tiny_batch()
+    config = replace(LOSS, fill_weight=0.25, likelihood="marginal")
+    weight = token_weights(batch.target_ids, batch.target_mask, 0.25)
+    assert 0 < int((weight == 0.25).sum()) < weight.numel()
+    x_0, x_1, t, x_t, u = drawn(model, batch, config)
+    source = model.encode_source(batch.source_ids, batch.source_mask)
+    v_0, v_t = (model(x, time, source, batch.target_mask)[0][:, :, 0] for x, time in ((x_0, 0 * t), (x_t, t)))
+    losses = {
+        "loss_flow": (v_t - u).square().mean(-1) / (2 * config.sigma**2),
+        "loss_end": (x_0 + v_0 - x_1).square().mean(-1),
+        "loss_ce": F.cross_entropy(model.decoder(x_0 + v_0).transpose(1, 2), batch.target_ids, reduction="none"),
+    }
+    parts = flow_loss(model, batch, config, num_steps=1).parts
+    for name, loss in losses.items():
+        torch.testing.assert_close(parts[name], ((loss * weight).sum() / weight.sum()).detach(), msg=name)
 
 
 def test_mean_discrepancy_is_zero_for_the_same_sample_and_grows_with_the_distance() -> None:

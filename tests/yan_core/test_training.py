@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(bad: float) -
         total, parts = Objective(model, LOSS)(batch, num_steps)
         return total * bad, {**parts, "loss_odd": torch.tensor(bad)}
 
-    with pytest.raises(NonFiniteLoss, match=r"weights were left as they were.*optim\.lr") as caught:
+    with pytest.raises(NonFiniteLoss, match=r"weights stay as they were.*optim\.lr") as caught:
         train_step(objective, tiny_batch(), optimizer, 2, 1e-3, 1.0)
     assert f"loss_odd={bad:.4g}" in str(caught.value) and "loss_flow=" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -34,6 +34,7 @@ CONFIG = ModelConfig(
 )
 
 LOSS = FlowLossConfig(
+    fill_weight=1.0,
     sigma=1.0,
     likelihood="joint",
     expert_draw="posterior",
