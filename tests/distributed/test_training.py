@@ -1,0 +1,125 @@
+"""Ray Train for real: two gloo workers, one of them killed, an interrupted driver, a step that need not be redone."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import yaml
+
+import yan_core
+from yan_core.config import to_dict
+
+pytestmark = [pytest.mark.distributed, pytest.mark.ray]
+
+
+def start(config, *overrides: str) -> tuple[subprocess.Popen, Path]:
+    """`yan run` in a process of its own, its lines going to a file."""
+    folder = Path(config.runs_dir)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    log = folder / f"log{len(list(folder.glob('log*')))}.txt"
+    command = [sys.executable, "-m", "pipelines", "run", "--config", str(file), *overrides]
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT), log
+
+
+def wait_for(pattern: str, log: Path, process: subprocess.Popen, timeout_s: float = 240) -> re.Match[str]:
+    """Wait until a log matches a pattern; gives its last match."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := list(re.finditer(pattern, log.read_text()))):
+        assert process.poll() is None, f"ended early:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no {pattern!r} in\n{log.read_text()}"
+        time.sleep(0.1)
+    return found[-1]
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Ray Train worker processes below a driver."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in below if any("RayTrainWorker" in part for part in p.cmdline())]
+
+
+def mlflow_runs(config) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{Path(config.runs_dir).resolve()}/mlflow.db")
+    experiment = client.get_experiment_by_name("yan")
+    return client.search_runs([experiment.experiment_id])
+
+
+def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
+    """Kill -9 a worker, then interrupt the driver, then run again: one MLflow run, all stages done."""
+    slow = ("--stages.finetune.max_steps", "80", "--scaling.checkpoint_every_s", "1")
+    goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
+    process, log = start(tiny_config, *slow)
+    wait_for(r"finetune +(1\d|2\d|3\d)/80", log, process)
+    os.kill(workers_of(process)[0].pid, signal.SIGKILL)
+    first = int(wait_for(goes_on, log, process)[1])
+    assert 0 < first < 80
+    wait_for(rf"step {first}\n(.*\n)*  finetune +\d+/80", log, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130
+    assert "the same command goes on from here" in log.read_text()
+
+    process, log = start(tiny_config, *slow)
+    assert process.wait(240) == 0, log.read_text()
+    text = log.read_text()
+    assert "prepare: done before, inputs unchanged" in text
+    assert "autoencoder: done before, inputs unchanged" in text
+    assert "flow: done before, inputs unchanged" in text
+    second = re.search(goes_on, text)
+    assert second is not None and int(second[1]) >= first
+    assert "80/80" in text
+    (run,) = mlflow_runs(tiny_config)
+    assert run.info.status == "FINISHED"
+
+    # Everything promised is in the run.
+    assert run.data.params["stages.finetune.max_steps"] == "80"
+    assert {"finetune/train/loss", "finetune/train/loss_flow", "eval/exact_match", "eval/exact_match/where"} <= set(
+        run.data.metrics
+    )
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
+    assert {"config.json", "examples.json", "quality_by_steps.png"} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
+    version = client.get_model_version_by_alias("yan-tiny", "champion")
+    assert version.run_id == run.info.run_id
+
+    # The registered model answers as the folder does, without a pickle in it.
+    mlflow.set_tracking_uri(client.tracking_uri)
+    source = ["Mary went to the kitchen. Where is Mary?"]
+    loaded = mlflow.pyfunc.load_model("models:/yan-tiny@champion")
+    folder = Path(tiny_config.runs_dir) / "tiny" / "model"
+    assert loaded.predict(source) == [yan_core.load(folder).generate(source)[0].text]
+    artifacts = Path(mlflow.artifacts.download_artifacts("models:/yan-tiny@champion"))
+    assert not [f for f in artifacts.rglob("*") if f.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+
+    # Run again: nothing is redone. Change one setting: only what follows from it is.
+    process, log = start(tiny_config, *slow)
+    assert process.wait(120) == 0
+    assert "evaluate, register: done before, inputs unchanged" in log.read_text()
+    assert "not done yet" not in log.read_text()
+    process, log = start(tiny_config, *slow, "--stages.finetune.optim.lr", "5e-4")
+    assert process.wait(240) == 0, log.read_text()
+    assert "flow: done before, inputs unchanged" in log.read_text()
+    assert "finetune: inputs changed (stages.finetune.optim.lr: 0.001 -> 0.0005)" in log.read_text()
+    assert len(mlflow_runs(tiny_config)) == 2
+    assert not list((Path(tiny_config.runs_dir) / "tiny").rglob("*.part"))
+    assert json.loads((Path(tiny_config.runs_dir) / "tiny" / "run.json").read_text())["finished"] is True
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_message(tiny_config):
+    process, log = start(
+        tiny_config, "--stages.autoencoder.optim.lr", "1e30", "--stages.autoencoder.optim.warmup_steps", "0",
+        "--scaling.max_failures", "0",
+    )  # fmt: skip
+    assert process.wait(240) == 1
+    text = log.read_text()
+    assert "training failed" in text and "stage autoencoder, step " in text and "gradient is not finite" in text
+    assert "Traceback" not in text
