@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -189,11 +190,12 @@ def _quarantined(folder: Path) -> list[dict[str, Any]]:
 def _check_counts(name: str, split: str, good: int, bad: list[dict[str, Any]], allowed: float) -> None:
     if bad and len(bad) > allowed * (good + len(bad)):
         first = bad[0]
+        share = math.ceil(1000 * len(bad) / (good + len(bad))) / 1000
+        remedy = f", or let them be set aside with --data.bad_rows_allowed {share:g}" if good else ""
         raise DataError(
             f"{len(bad)} of {good + len(bad)} {split} rows of {name!r} cannot be used "
             f"(data.bad_rows_allowed={allowed:g}). The first: {first['reason']}; row "
-            f"{json.dumps(first['row'], default=str, ensure_ascii=False)[:300]}. Mend the data, or let them be set "
-            f"aside with --data.bad_rows_allowed {min(1.0, 1.01 * len(bad) / (good + len(bad))):.3g}"
+            f"{json.dumps(first['row'], default=str, ensure_ascii=False)[:300]}. Mend the data{remedy}"
         )
     if good == 0:
         raise DataError(f"data set {name!r} gave no {split} row: it is empty, or its filter `where` matches none")

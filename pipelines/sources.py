@@ -158,7 +158,7 @@ def read_files(dataset: DatasetConfig, files: list[str]) -> ray.data.Dataset:
         raise DataError(f"cannot read {files[0]} as {dataset.format}: {_last_line(error)}") from error
     columns = list(schema.names) if schema is not None else []
     if not columns:
-        raise DataError(f"{files[0]} is empty: no row to read")
+        raise DataError(f"{files[0]} is empty: name a file with rows under `train` and `validation` of the data set")
     for column, value in dataset.where.items():
         if column not in columns:
             raise DataError(unknown_name(f"where of the data set, in {files[0]}", column, columns))

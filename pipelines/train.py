@@ -314,7 +314,10 @@ def train_stages(
     for job in stages:
         rows, batch_size = prepared.num_rows(job.stage), getattr(config.stages, job.stage).batch_size
         if rows < batch_size:
-            raise DataError(f"stage {job.stage} has {rows} rows, fewer than stages.{job.stage}.batch_size={batch_size}")
+            raise DataError(
+                f"stage {job.stage} has {rows} rows, fewer than stages.{job.stage}.batch_size={batch_size}: "
+                "add rows or lower the batch size"
+            )
     scaling = config.scaling
     loop_config = {
         "config": to_dict(config),

@@ -45,8 +45,8 @@ def registry_uri(tracking_uri: str) -> str:
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise RegistryError(
-            "tracking_uri is empty and MLFLOW_TRACKING_URI is not set: name the registry, for example "
-            "tracking_uri=sqlite:///runs/mlflow.db or http://host:5000"
+            "tracking_uri is empty and MLFLOW_TRACKING_URI is not set: name the registry (yan serve --tracking-uri), "
+            "such as sqlite:///runs/mlflow.db or http://host:5000"
         )
     if uri.startswith("sqlite:///"):
         file = Path(uri.removeprefix("sqlite:///")).resolve()

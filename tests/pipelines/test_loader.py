@@ -87,7 +87,7 @@ def test_every_row_is_streamed_once_an_epoch(tmp_path):
     prepared = Prepared(tmp_path, {"rows": {"finetune": 30}})
     with ray_session(1, 1):
         rows = open_stage(prepared, "finetune", from_dict(RunConfig, settings)).take_all()
-    assert sorted((r["epoch"], r["source"][0]) for r in rows) == [(e, i) for e in range(3) for i in range(30)]
+    assert sorted((r["epoch"], r["source"][0]) for r in rows) == [(e, i) for e in range(4) for i in range(30)]
 
 
 def test_targets_of_a_task_are_filled_with_end_of_text():
