@@ -53,7 +53,8 @@ def evaluate_model(
 
     Args:
         folder: Model folder.
-        rows: `source`, `answers` (any counts as right) and optionally `kind`.
+        rows: `source`, `answers` (any counts as right; case does not count where the tokenizer lower-cases) and
+            optionally `kind`.
         num_steps: Numbers of solver steps.
         batch_size: Rows of a batch.
         device: Where the model runs.
@@ -66,6 +67,8 @@ def evaluate_model(
         raise ValueError("nothing to evaluate: no row is left after the filter")
     generator = yan_core.load(folder, device)
     metric = get_task(generator.details["task"]).metric
+    # A model that writes lower case alone is scored in lower case.
+    references = [[generator.tokenizer.normalize(a) for a in r["answers"]] for r in rows]
     # Rows of like length share a batch; the seeds keep each answer the same in any order.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
     results = []
@@ -80,11 +83,11 @@ def evaluate_model(
         by_kind = {}
         for kind in kinds:
             chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
-            by_kind[kind] = exact_match([answers[i] for i in chosen], [rows[i]["answers"] for i in chosen])
+            by_kind[kind] = exact_match([answers[i] for i in chosen], [references[i] for i in chosen])
         quality = Quality(
             num_steps=steps,
             metric=metric,
-            value=exact_match(answers, [r["answers"] for r in rows]),
+            value=exact_match(answers, references),
             by_kind=by_kind,
             latency_ms_batch_1=_latency_ms(generator, [r["source"] for r in rows[:20]], steps),
             examples=[

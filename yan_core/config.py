@@ -31,7 +31,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     """Upper bound on the vocabulary, special tokens included."""
     lowercase: bool = False
-    """Lower-case the text first; the case is then lost in answers too."""
+    """Lower-case the text first; the case is then lost in answers too, and does not count when they are scored."""
     sample_rows: int = 50_000
     """Rows of the corpus read to train the vocabulary."""
 

@@ -127,6 +127,10 @@ class Tokenizer:
             result.append(Encoding(ids=ids, num_cut=num_cut))
         return result
 
+    def normalize(self, text: str) -> str:
+        """The text as this tokenizer can write it: in lower case where it was trained so, else unchanged."""
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+
     def until_eos(self, ids: Sequence[int]) -> list[int]:
         """The ids before the first end-of-text token."""
         ids = list(ids)

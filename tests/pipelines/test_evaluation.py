@@ -1,0 +1,59 @@
+"""Scores of a saved model on given rows."""
+
+import pytest
+
+import yan_core
+from pipelines.evaluation import evaluate_model, summary
+from tests.yan_core.tiny import tiny_model
+from yan_core.checkpoint import save_pretrained
+from yan_core.config import TokenizerConfig
+from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
+
+TEXTS = ["Mary went to the Kitchen", "Where is Mary?", "John took the Ball"]
+DETAILS = {"task": "question_answering", "max_source_tokens": 16, "max_target_tokens": 4}
+
+
+@pytest.fixture(params=[False, True], ids=["cased", "lowercase"])
+def model_folder(request, tmp_path):
+    """A random model whose tokenizer keeps or lowers the case, and whether it lowers it."""
+    tokenizer = Tokenizer.train(TEXTS, TokenizerConfig(lowercase=request.param))
+    model = build_model(tiny_model().config, tokenizer.vocab_size, seed=0)
+    save_pretrained(tmp_path / "model", model, tokenizer, DETAILS)
+    return tmp_path / "model", request.param
+
+
+def rows_with_own_answers(folder, change):
+    """Rows whose reference is what the model answers, changed."""
+    generator = yan_core.load(folder)
+    rows = [{"source": f"{text} {i}", "kind": "ab"[i % 2]} for i, text in enumerate(TEXTS * 4)]
+    for i, row in enumerate(rows):
+        row["answers"] = ["no", change(generator.generate([row["source"]], 2, seeds=i)[0].text)]
+    return rows
+
+
+def test_case_counts_unless_the_tokenizer_lowers_it(model_folder):
+    folder, lowercase = model_folder
+    rows = rows_with_own_answers(folder, str.swapcase)
+    with_case = [row for row in rows if row["answers"][1].lower() != row["answers"][1].upper()]
+    (quality,) = evaluate_model(folder, rows, [2], batch_size=5)
+    assert with_case and quality.value == (1 if lowercase else 1 - len(with_case) / len(rows))
+
+
+def test_a_row_keeps_its_seed_in_any_batch_and_kinds_have_their_own_figure(model_folder):
+    folder, _ = model_folder
+    rows = rows_with_own_answers(folder, str)
+    for batch_size in (1, 5, 64):
+        (quality,) = evaluate_model(folder, rows, [2], batch_size)
+        assert quality.value == 1 and quality.by_kind == {"a": 1.0, "b": 1.0}
+    rows[0]["answers"] = ["something else"]
+    (quality,) = evaluate_model(folder, rows, [2], 64)
+    wrong, right = rows[0]["kind"], {"a": "b", "b": "a"}[rows[0]["kind"]]
+    assert quality.by_kind[wrong] < quality.value < quality.by_kind[right] == 1
+    written = summary(quality, len(rows), folder, "rows.parquet")
+    assert written["metrics"]["exact_match"] == quality.value and written["counts"] == {"rows": len(rows)}
+
+
+def test_nothing_to_score_is_an_error(model_folder):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate_model(model_folder[0], [], [1], 8)
