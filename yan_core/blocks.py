@@ -81,6 +81,14 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(d_model, 2 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
+    @torch.no_grad()
+    def start_matching(self, gain: float) -> None:
+        """Make keys equal queries, `gain` times as large: each token then attends to its like from the start."""
+        self.query.weight.mul_(gain)
+        self.key_value.weight[: len(self.query.weight)].copy_(self.query.weight)
+        self.query.bias.zero_()
+        self.key_value.bias[: len(self.query.bias)].zero_()
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, num_heads, length, head_dim]
 

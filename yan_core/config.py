@@ -58,6 +58,9 @@ class EncoderConfig:
     """Standard deviation of the initial token embeddings; 0.5 suits a vocabulary of tens of words."""
     position_std: float = 0.02
     """Standard deviation of the initial learned positions; as large as embed_std they would drown the words."""
+    matching_gain: float = 0.0
+    """Above 0, attention starts with keys equal to queries, this many times larger than otherwise: a name in the
+    question then finds the same name in the statements from the first step (EXPERIMENTS, 2026-11-23)."""
     positions: tuple[str, ...] = ("rotary", "start")
     """Any of `rotary` (in the attention), `start` (learned, from the first token), `end` (learned, from the last)."""
 
@@ -71,6 +74,7 @@ class EncoderConfig:
         )
         _require(self.num_blocks >= 1, f"encoder.num_blocks must be >= 1, got {self.num_blocks}")
         _require(self.embed_std > 0, f"encoder.embed_std must be > 0, got {self.embed_std}")
+        _require(self.matching_gain >= 0, f"encoder.matching_gain must be >= 0, got {self.matching_gain}")
         _require(self.position_std >= 0, f"encoder.position_std must be >= 0, got {self.position_std}")
 
 

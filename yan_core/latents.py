@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ class TokenEncoder(nn.Module):
             )
             for _ in range(config.num_blocks)
         )
+        if config.matching_gain:
+            for block in self.blocks:
+                cast(EncoderBlock, block).attention.start_matching(config.matching_gain)
         # Without gain or bias: latents stay at unit scale, the scale of the source noise.
         self.norm = nn.LayerNorm(model.d_model, elementwise_affine=False)
 

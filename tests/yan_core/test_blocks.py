@@ -122,6 +122,19 @@ def test_rotary_attention_does_not_see_where_a_text_begins() -> None:
     torch.testing.assert_close(attention(x, mask=mask)[:, 3:], attention(x[:, 3:]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gain, sees_itself", [(0.0, False), (3.0, True)])
+def test_a_matching_start_lets_each_token_attend_to_its_like(gain: float, sees_itself: bool) -> None:
+    torch.manual_seed(0)
+    attention = Attention(64, 4, rotary=False)
+    if gain:
+        attention.start_matching(gain)
+    words = randn(12, 64)
+    x = torch.cat([words, words])[None]  # every word twice
+    scores = attention._heads(attention.query(x)) @ attention.project(x, None).keys.transpose(-1, -2)
+    twin = scores[..., :12, 12:].mean(1)[0].argmax(-1)
+    assert (twin == torch.arange(12)).all() == sees_itself
+
+
 @pytest.mark.parametrize("conv_kernel", [0, 3])
 @pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize("grad", [True, False], ids=["plain", "fused"])
