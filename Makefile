@@ -25,6 +25,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 # The stamp names the folder: a moved environment is made anew, since its scripts hold absolute paths.
+ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(CURDIR))
+$(VENV)/.installed: moved
+endif
+.PHONY: moved
+moved:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@if [ "$$(cat $@ 2>/dev/null)" != "$(CURDIR)" ]; then rm -rf $(VENV); fi
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }

@@ -123,6 +123,13 @@ def _run(args: list[str]) -> int:
     return 0
 
 
+def _at_least_one(chosen: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(chosen, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+
+
 def _evaluate(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan evaluate", description="Quality of a saved model on a file of rows.")
     parser.add_argument("--model", required=True, help="model folder, such as runs/world/model")
@@ -132,8 +139,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     chosen = parser.parse_args(args)
-    if chosen.num_steps < 1:
-        raise UsageError(f"--num-steps must be >= 1, got {chosen.num_steps}")
+    _at_least_one(chosen, "num_steps", "max_rows")
     config = parse_config("evaluate", ["--config", chosen.config])
     from pipelines.cluster import ray_session
     from pipelines.evaluation import evaluate_model, summary
@@ -166,6 +172,7 @@ def _serve(args: list[str]) -> int:
     )
     parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
     chosen = parser.parse_args(args)
+    _at_least_one(chosen, "num_steps", "replicas", "port")
     import importlib
 
     # Named as strings: pipelines never imports serve but here.
@@ -245,6 +252,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nyan: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except ImportError as error:
+        extra = "serve" if args[0] == "serve" else "pipelines"
+        if os.environ.get("YAN_TRACEBACK") or (error.name or "").split(".")[0] in ("yan_core", "pipelines", "serve"):
+            raise
+        print(f"yan {args[0]}: {error}: install the extra, pip install 'yan[{extra}]'", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         ours = type(error).__module__.split(".")[0] in ("yan_core", "pipelines", "serve")
         if os.environ.get("YAN_TRACEBACK") or (isinstance(error, RuntimeError) and not ours):

@@ -27,11 +27,14 @@ def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
     return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def row_keys(rows: list[np.ndarray], seed: int, epochs: np.ndarray) -> torch.Tensor:
-    """A key a row from its content, the seed and its epoch: where the row is read makes no difference."""
+def row_keys(rows: list[np.ndarray], seed: int, epochs: np.ndarray, places: np.ndarray) -> torch.Tensor:
+    """A key a row from its content, its place in its shard, the seed and the epoch: which worker reads it makes no
+    difference. The place tells equal rows apart, such as one label a thousand times over.
+    """
     digests = [hashlib.blake2b(row.tobytes(), digest_size=7).digest() for row in rows]
     keys = torch.tensor([int.from_bytes(d, "little") for d in digests], dtype=torch.int64)
-    return fold(fold(keys, seed), torch.as_tensor(epochs, dtype=torch.int64))
+    keys = fold(fold(keys, seed), torch.as_tensor(epochs, dtype=torch.int64))
+    return fold(keys, torch.as_tensor(places, dtype=torch.int64))
 
 
 class StageCollate(ArrowBatchCollateFn):
@@ -61,15 +64,17 @@ class StageCollate(ArrowBatchCollateFn):
         self.skip -= skipped
         if skipped == kept:
             return []
-        epochs = table.column("epoch").to_numpy()
-        rows = {name: _rows(table.column(name)) for name in table.column_names if name != "epoch"}
+        epochs, in_shard = table.column("epoch").to_numpy(), table.column("place").to_numpy()
+        rows = {name: _rows(table.column(name)) for name in ("source", "target") if name in table.column_names}
         order = np.argsort([len(r) for r in rows["source" if "source" in rows else "target"]], kind="stable")
         chosen = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in places[skipped:]]
-        return [vars(self._batch({n: [r[j] for j in c] for n, r in rows.items()}, epochs[c])) for c in chosen]
+        return [
+            vars(self._batch({n: [r[j] for j in c] for n, r in rows.items()}, epochs[c], in_shard[c])) for c in chosen
+        ]
 
-    def _batch(self, rows: dict[str, list[np.ndarray]], epochs: np.ndarray) -> Batch:
+    def _batch(self, rows: dict[str, list[np.ndarray]], epochs: np.ndarray, in_shard: np.ndarray) -> Batch:
         config = self.config
-        keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epochs)
+        keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epochs, in_shard)
         if self.stage == "autoencoder":
             return autoencoder_batch(rows["target"], keys, config.autoencoder_loss)
         if self.stage == "flow":

@@ -13,6 +13,7 @@ import math
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+import ray.exceptions
 
-from pipelines.sources import DataError, fields_of, find_dataset, read_files, read_rows
+from pipelines.sources import DataError, fields_of, filtered, find_dataset, read_files, read_rows, reason_of
 from yan_core.config import DataConfig, DatasetConfig, RunConfig
 from yan_core.files import atomic_folder, sha256_file
 from yan_core.tasks import Task, get_task
@@ -54,6 +56,15 @@ class Prepared:
         """The tokenizer trained on this corpus."""
         return Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
+    def is_whole(self) -> bool:
+        """Whether every shard is there in its full size, and the tokenizer unchanged."""
+        try:
+            sizes = {name: (self.folder / name).stat().st_size for name in self.manifest["files"]}
+            tokenizer = sha256_file(self.folder / "tokenizer.json")
+        except (OSError, KeyError):
+            return False
+        return sizes == self.manifest["files"] and tokenizer == self.manifest["tokenizer_sha256"]
+
     def files(self, stage: str) -> list[str]:
         """Parquet files that a stage trains on."""
         names = ("flow", "finetune") if stage == "autoencoder" else (stage,)
@@ -69,16 +80,39 @@ class Prepared:
         return pq.read_table(self.folder / "validation").slice(0, max_rows).to_pylist()
 
 
+def corpus_of(data: DataConfig) -> str:
+    """Name of the data set of plain text; empty where the task's own rows are the corpus."""
+    if not data.corpus and find_dataset(data, data.dataset).format == "world":
+        return "world_stories"
+    return data.corpus
+
+
 @lru_cache(maxsize=2)
 def _tokenizer(text: str) -> Tokenizer:
     return Tokenizer.from_json(text)
 
 
-class RowReader:
-    """Turns rows into template fields and sets the unusable ones aside, in a file of their own."""
+class Quarantine:
+    """Sets unusable rows aside, in files of their own."""
+
+    def __init__(self, quarantine: str) -> None:
+        self.quarantine = quarantine
+
+    def set_aside(self, bad: list[dict[str, Any]]) -> None:
+        """Write unusable rows with their reasons to the quarantine folder."""
+        if bad:
+            path = Path(self.quarantine) / f"{uuid.uuid4().hex}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as out:
+                out.writelines(json.dumps(b, default=str, ensure_ascii=False) + "\n" for b in bad)
+
+
+class RowReader(Quarantine):
+    """Turns rows into template fields and sets the unusable ones aside."""
 
     def __init__(self, task: Task, dataset: DatasetConfig, quarantine: str) -> None:
-        self.task, self.dataset, self.quarantine = task, dataset, quarantine
+        super().__init__(quarantine)
+        self.task, self.dataset = task, dataset
 
     def pairs(self, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Source, target and fields of each usable row."""
@@ -90,14 +124,6 @@ class RowReader:
             except ValueError as error:
                 bad.append({"reason": str(error), "row": row})
         self.set_aside(bad)
-
-    def set_aside(self, bad: list[dict[str, Any]]) -> None:
-        """Write unusable rows with their reasons to the quarantine folder."""
-        if bad:
-            path = Path(self.quarantine) / f"{uuid.uuid4().hex}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as out:
-                out.writelines(json.dumps(b, default=str, ensure_ascii=False) + "\n" for b in bad)
 
 
 class EncodePairs(RowReader):
@@ -145,15 +171,24 @@ class KeepText(RowReader):
         return pa.Table.from_pylist(rows, schema=TEXT_SCHEMA)
 
 
-class EncodeWindows:
-    """Plain texts -> windows of token ids."""
+class EncodeWindows(Quarantine):
+    """Plain texts -> windows of token ids. Blank texts, as between paragraphs, are passed over."""
 
-    def __init__(self, column: str, tokenizer: str, window_tokens: int) -> None:
+    def __init__(self, column: str, tokenizer: str, window_tokens: int, quarantine: str) -> None:
+        super().__init__(quarantine)
         self.column, self.tokenizer, self.window_tokens = column, tokenizer, window_tokens
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One block of rows."""
-        texts = [t for t in table.column(self.column).to_pylist() if isinstance(t, str) and t.strip()]
+        values = table.column(self.column).to_pylist()
+        texts = [t for t in values if isinstance(t, str) and t.strip()]
+        self.set_aside(
+            [
+                {"reason": f"{self.column!r} must be text, got {t!r} ({type(t).__name__})", "row": {self.column: t}}
+                for t in values
+                if not isinstance(t, str)
+            ]
+        )
         size = self.window_tokens
         encodings = _tokenizer(self.tokenizer).encode_batch(texts)
         windows = [e.ids[i : i + size] for e in encodings for i in range(0, len(e.ids), size)]
@@ -231,6 +266,15 @@ def _write(rows: ray.data.Dataset, folder: Path, data: DataConfig, shuffle_seed:
     return sum(pq.read_metadata(f).num_rows for f in folder.glob("*.parquet"))
 
 
+@contextmanager
+def _ray_errors_explained(name: str) -> Iterator[None]:
+    """Say what a task of Ray Data stumbled over, without its traceback."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
+        raise DataError(f"data set {name!r} cannot be read to its end: {reason_of(error)}. Mend that file") from error
+
+
 def prepare(config: RunConfig, folder: Path) -> Prepared:
     """Read, check, tokenise and write a run's data.
 
@@ -248,11 +292,9 @@ def prepare(config: RunConfig, folder: Path) -> Prepared:
     held_out = read_rows(data, data.dataset, "validation", config.seed + 1)
     _check_fields(held_out, task, dataset, data.dataset)
 
-    with atomic_folder(folder) as scratch:
+    with _ray_errors_explained(data.dataset), atomic_folder(folder) as scratch:
         quarantine = {split: scratch / "quarantine" / split for split in ("train", "validation", "corpus")}
-        corpus_name, column = data.corpus, data.corpus_column
-        if not corpus_name and dataset.format == "world":
-            corpus_name = "world_stories"
+        corpus_name, column = corpus_of(data), data.corpus_column
         if corpus_name:
             corpus = read_rows(data, corpus_name, "train", config.seed)
             schema = corpus.schema()
@@ -290,13 +332,21 @@ def prepare(config: RunConfig, folder: Path) -> Prepared:
             _check_counts(data.dataset, split, rows[stage], found, data.bad_rows_allowed)
             bad[split] = len(found)
         windows = corpus.map_batches(
-            EncodeWindows(column, text, data.window_tokens), batch_format="pyarrow", batch_size=1024
+            EncodeWindows(column, text, data.window_tokens, str(quarantine["corpus"])),
+            batch_format="pyarrow",
+            batch_size=1024,
         )
         rows["flow"] = _write(windows, scratch / "flow", data, seed)
+        if corpus_name:  # else the rows of the task itself, counted above
+            found = _quarantined(quarantine["corpus"])
+            _check_counts(corpus_name, "corpus", max(1, rows["flow"]), found, data.bad_rows_allowed)
+            bad["corpus"] = len(found)
         if rows["flow"] == 0:
             raise DataError(f"the corpus {corpus_name or data.dataset!r} has no text in column {column!r}")
         cut = pq.read_table(scratch / "finetune", columns=["source_cut"]).column("source_cut").to_numpy()
+        shards = sorted(p for part in ("flow", "finetune", "validation") for p in (scratch / part).glob("*.parquet"))
         manifest = {
+            "files": {str(p.relative_to(scratch)): p.stat().st_size for p in shards},
             "rows": rows,
             "bad_rows": bad,
             "vocab_size": tokenizer.vocab_size,
@@ -325,7 +375,7 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
 
     Args:
         config: Its data set gives columns and row filter, its task the template.
-        path: A file with the data set's columns; its ending tells the format where the data set is not one of files.
+        path: A file with the data set's columns; its ending tells the format, where it has one.
 
     Raises:
         DataError: If the file is missing, cannot be used or has more unusable rows than allowed.
@@ -334,11 +384,10 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
     dataset = find_dataset(data, data.dataset)
     if not Path(path).is_file():
         raise DataError(f"--data: no file at {path}")
-    if dataset.format not in ("parquet", "jsonl", "csv"):
-        ending = Path(path).suffix.lstrip(".")
-        known: Any = ending if ending in ("jsonl", "csv") else "parquet"
-        dataset = dataclasses.replace(dataset, format=known)
-    rows = read_files(dataset, [path])
+    endings: dict[str, Any] = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv"}
+    of_files = dataset.format in endings.values()
+    kind = endings.get(Path(path).suffix, dataset.format if of_files else "parquet")
+    rows = filtered(read_files(dataclasses.replace(dataset, format=kind), [path]), dataset, data.dataset)
     _check_fields(rows, task, dataset, data.dataset)
     with tempfile.TemporaryDirectory() as scratch:
         kept = rows.map_batches(KeepText(task, dataset, scratch), batch_format="pyarrow", batch_size=1024).take_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -96,6 +95,11 @@ def main(args: list[str]) -> int:
     Args:
         args: `--short` for a run of seconds, `--fresh` to forget an earlier run, then overrides as for `yan run`.
     """
+    if "--help" in args or "-h" in args:
+        say("usage: yan quickstart [--short] [--fresh] [--section.key value ...]\n")
+        say("  --short   a few steps of everything: shows that it runs, the answers are not good")
+        say("  --fresh   forget what an earlier quickstart left")
+        return 0
     started = time.perf_counter()
     overrides = [a for a in args if a not in ("--short", "--fresh")]
     if "--short" in args:
@@ -103,10 +107,8 @@ def main(args: list[str]) -> int:
         overrides = ["--name", "world_short", "--evaluation.max_rows", "100", *steps, *overrides]
     config = parse_config("quickstart", ["--config", str(CONFIG), *overrides])
     folder = Path(config.runs_dir) / config.name
-    if "--fresh" in args:
-        shutil.rmtree(folder, ignore_errors=True)
     say(f"YAN quickstart: built-in world -> {folder}, {config.scaling.num_workers} training workers")
-    result = run(config)
+    result = run(config, fresh="--fresh" in args)
 
     say("serve: starting Ray Serve")
     row = _question(result)

@@ -6,6 +6,7 @@ first differing setting is named and the step and all after it are done again.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -22,13 +23,14 @@ import torch
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
-from pipelines.prepare import Prepared, open_prepared, prepare
-from pipelines.sources import files_of, find_dataset
-from pipelines.tracking import Tracker
+from pipelines.prepare import Prepared, corpus_of, open_prepared, prepare
+from pipelines.sources import files_of, find_dataset, locate
+from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import STAGES, StageJob, train_stages
 from yan_core.checkpoint import CheckpointError, read_config
 from yan_core.config import RunConfig, to_dict
-from yan_core.files import atomic_folder, code_commit, write_file
+from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
+from yan_core.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,22 @@ def say(line: str) -> None:
 
 
 def data_inputs(config: RunConfig) -> dict[str, Any]:
-    """What prepared data depend on: settings, and size and time of the files."""
+    """What prepared data depend on: settings, and size and time of local files.
+
+    Files in the cloud, data sets on a hub and later versions of this code are taken to be unchanged.
+
+    Raises:
+        ValueError: If a data set, a task or a model to start from is not there.
+    """
     data = config.data
+    get_task(data.task)
     files = {}
-    names = [n for n in (data.dataset, data.corpus) if n]
+    names = [n for n in (data.dataset, corpus_of(data)) if n]
     for name in names:
         dataset = find_dataset(data, name)
+        if dataset.format == "huggingface" and os.path.isdir(folder := locate(data, dataset.path)):
+            for path in sorted(glob.glob(os.path.join(folder, "**", "*"), recursive=True)):
+                files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
         if dataset.format in ("parquet", "jsonl", "csv", "text"):
             for where in (dataset.train, dataset.validation):
                 for path in files_of(data, dataset, where) if where else []:
@@ -74,7 +86,8 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
                         files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     settings = {k: v for k, v in to_dict(data).items() if k not in ("datasets", "shuffle_buffer")}
     used = {name: to_dict(find_dataset(data, name)) for name in names}
-    built_in = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest() if not files else ""
+    simulated = any(dataset["format"].startswith("world") for dataset in used.values())
+    built_in = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest() if simulated else ""
     return {
         "data": settings,
         "datasets": used,
@@ -149,6 +162,13 @@ def up_to_date(name: str, recorded: Path, inputs: dict[str, Any], whole: bool) -
     return False
 
 
+def _data_are_whole(folder: Path) -> bool:
+    try:
+        return open_prepared(folder).is_whole()
+    except ValueError:
+        return False
+
+
 def _model_is_whole(folder: Path) -> bool:
     try:
         read_config(folder)
@@ -161,8 +181,12 @@ def _model_is_whole(folder: Path) -> bool:
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a run's folder.
+def run_lock(folder: Path, fresh: bool = False) -> Iterator[None]:
+    """Let one process at a time work in a run's folder; what a killed one left half-written there is cleared up.
+
+    Args:
+        folder: The run's.
+        fresh: Whether to empty it.
 
     Raises:
         ValueError: If another one does; names its process.
@@ -181,6 +205,14 @@ def run_lock(folder: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
+        if fresh:
+            for old in folder.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != ".lock":
+                    old.unlink()
+        for place in (folder, folder / "stages"):
+            clear_leftovers(place)
         yield
 
 
@@ -191,7 +223,7 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     """Prepare the data unless they are there and up to date."""
     inputs = data_inputs(config)
     recorded = folder / "prepared.inputs.json"
-    if up_to_date("prepare", recorded, inputs, (folder / "prepared" / "manifest.json").is_file()):
+    if up_to_date("prepare", recorded, inputs, _data_are_whole(folder / "prepared")):
         return open_prepared(folder / "prepared")
     recorded.unlink(missing_ok=True)
     prepared = prepare(config, folder / "prepared")
@@ -257,12 +289,13 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     return quality
 
 
-def run(config: RunConfig, publish: bool = True) -> RunResult:
+def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResult:
     """Do everything from raw rows to a registered model; go on where an interrupted run stopped.
 
     Args:
         config: The run.
         publish: Whether to evaluate and register the result too.
+        fresh: Whether to forget what an earlier run left in the folder.
 
     Raises:
         ValueError: If the config or the data cannot be used.
@@ -270,16 +303,16 @@ def run(config: RunConfig, publish: bool = True) -> RunResult:
     """
     folder = Path(config.runs_dir) / config.name
     seconds: dict[str, float] = {}
-    with run_lock(folder), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
+    final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
+    check_tracking(config)
+    with run_lock(folder, fresh), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
         started = time.perf_counter()
         prepared = prepare_step(config, folder)
         seconds["prepare"] = time.perf_counter() - started
 
-        final = fingerprint(_final_inputs(config))
         state = read_inputs(folder / "run.json") or {}
-        # An unfinished run goes on in its MLflow run; a finished one only if nothing has changed.
-        go_on = state.get("final") == final or not state.get("finished", True)
-        tracker = Tracker.start(config, state.get("run_id") if go_on else None)
+        # Another config is another MLflow run: its parameters are written once.
+        tracker = Tracker.start(config, state.get("run_id") if state.get("final") == final else None)
         state = {"run_id": tracker.run_id, "final": final, "finished": False}
         write_file(folder / "run.json", json.dumps(state))
         resolved = json.dumps(to_dict(config), indent=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,22 +95,29 @@ def _huggingface_rows(data: DataConfig, dataset: DatasetConfig, split: str) -> r
         stream = datasets.load_dataset(name, dataset.config_name, split=split, streaming=True)
     except (OSError, ValueError) as error:  # unreachable hub, no such data set, no such split
         raise DataError(f"cannot open the Hugging Face data set {name!r}, split {split!r}: {error}") from error
+    features = (stream.features or {}).items()
+    labels = {column: f.names for column, f in features if isinstance(f, datasets.ClassLabel)}
     shards = [{"shard": i, "num_shards": stream.num_shards} for i in range(stream.num_shards)]
     # Not ray.data.from_huggingface: it asks the hub for a data set called like a local folder, and would take it.
     listed = ray.data.from_items(shards, override_num_blocks=len(shards))
-    return listed.map_batches(_ReadHuggingFace(stream), batch_format="pyarrow", batch_size=1)
+    return listed.map_batches(_ReadHuggingFace(stream, labels), batch_format="pyarrow", batch_size=1)
 
 
 class _ReadHuggingFace:
-    """One shard of a streamed Hugging Face data set -> its rows, a table at a time."""
+    """One shard of a streamed Hugging Face data set -> its rows, a table at a time; labels by name, not by number."""
 
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
+    def __init__(self, stream: Any, labels: dict[str, list[str]]) -> None:
+        self.stream, self.labels = stream, labels
 
     def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
         for shard in shards.to_pylist():
             part = self.stream.shard(shard["num_shards"], shard["shard"])
-            yield from part.with_format("arrow").iter(batch_size=1024)
+            for table in part.with_format("arrow").iter(batch_size=1024):
+                for column, names in self.labels.items():
+                    ids = table[column].to_pylist()
+                    named = pa.array([names[i] if i is not None and i >= 0 else None for i in ids], pa.string())
+                    table = table.set_column(table.column_names.index(column), column, named)
+                yield table
 
 
 def read_rows(data: DataConfig, name: str, split: str, seed: int) -> ray.data.Dataset:
@@ -136,14 +144,14 @@ def read_rows(data: DataConfig, name: str, split: str, seed: int) -> ray.data.Da
         rows = _huggingface_rows(data, dataset, where or split)
     else:
         rows = read_files(dataset, files_of(data, dataset, where))
-    return rows
+    return filtered(rows, dataset, name)
 
 
 def read_files(dataset: DatasetConfig, files: list[str]) -> ray.data.Dataset:
-    """Open files of a data set's format lazily, rows filtered by its `where`.
+    """Open files of a data set's format lazily.
 
     Raises:
-        DataError: If their columns cannot be read or lack the filter's column.
+        DataError: If their columns cannot be read.
     """
     readers = {
         "parquet": ray.data.read_parquet,
@@ -155,13 +163,23 @@ def read_files(dataset: DatasetConfig, files: list[str]) -> ray.data.Dataset:
         rows = readers.get(dataset.format, ray.data.read_parquet)(files)
         schema = rows.schema()
     except Exception as error:  # Ray wraps what any reader raises, so no narrower class names it
-        raise DataError(f"cannot read {files[0]} as {dataset.format}: {_last_line(error)}") from error
+        raise DataError(f"cannot read {files[0]} as {dataset.format}: {reason_of(error)}") from error
     columns = list(schema.names) if schema is not None else []
     if not columns:
         raise DataError(f"{files[0]} is empty: name a file with rows under `train` and `validation` of the data set")
+    return rows
+
+
+def filtered(rows: ray.data.Dataset, dataset: DatasetConfig, name: str) -> ray.data.Dataset:
+    """The rows that the data set's `where` lets through.
+
+    Raises:
+        DataError: If the filter names a column that is not there.
+    """
     for column, value in dataset.where.items():
-        if column not in columns:
-            raise DataError(unknown_name(f"where of the data set, in {files[0]}", column, columns))
+        schema = rows.schema()
+        if schema is not None and column not in schema.names:
+            raise DataError(unknown_name(f"data.datasets.{name}.where", column, list(schema.names)))
         rows = rows.map_batches(_Equals(column, value), batch_format="pyarrow", batch_size=None)
     return rows
 
@@ -176,9 +194,11 @@ class _Equals:
         return table.filter(pc.field(self.column).cast(pa.string()) == self.value)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
+    return (raised or lines or [type(error).__name__])[-1][:300]
 
 
 def fields_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def batches_read(settings: StageConfig) -> int:
 
 
 class ReadShard:
-    """(path, epoch) -> the rows of a prepared shard, each with its epoch."""
+    """(path, epoch) -> the rows of a prepared shard, each with its epoch and its place in the shard."""
 
     def __init__(self, columns: list[str]) -> None:
         self.columns = columns
@@ -43,7 +43,8 @@ class ReadShard:
         tables = []
         for shard in shards.to_pylist():
             table = pq.read_table(shard["path"], columns=self.columns)
-            tables.append(table.append_column("epoch", pa.array(np.full(table.num_rows, shard["epoch"], np.int32))))
+            table = table.append_column("epoch", pa.array(np.full(table.num_rows, shard["epoch"], np.int32)))
+            tables.append(table.append_column("place", pa.array(np.arange(table.num_rows, dtype=np.int32))))
         return pa.concat_tables(tables)
 
 

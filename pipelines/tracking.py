@@ -30,9 +30,32 @@ def tracking_uri(config: RunConfig) -> str:
 def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class TrackingError(ValueError):
+    """The tracking store cannot be used."""
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Ask the tracking store for an answer, before anything long begins.
+
+    Raises:
+        TrackingError: If it gives none.
+    """
+    uri = tracking_uri(config)
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except Exception as error:  # MLflow lets database and connection errors of several libraries through
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise TrackingError(
+            f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "
+            "is up or to sqlite:///some/file.db"
+        ) from error
 
 
 class Tracker:
@@ -87,10 +110,6 @@ class Tracker:
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
         self.client.set_tag(self.run_id, name, value)
-
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file."""
-        self.client.log_artifact(self.run_id, str(path), folder)
 
     def text(self, text: str, file: str) -> None:
         """Store a text as a file."""

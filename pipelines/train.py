@@ -191,11 +191,11 @@ def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: the stages in order, from the start or from the newest checkpoint.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stages` (StageJobs), `prepared` (folder), `code` (hash of the
-            driver's yan_core), `board` and `mlflow` (for rank 0).
+        job: `config` (a RunConfig as a dictionary), `stages` (StageJobs), `prepared` (folder), `failure` (file that
+            says why training cannot go on), `code` (hash of the driver's yan_core), `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
+    rank = context.get_world_rank()
     if code_fingerprint() != job["code"]:
         raise TrainingFailed(
             f"worker {rank} runs another copy of yan_core ({Path(yan_core.__file__).parent}, {code_fingerprint()}) "
@@ -205,7 +205,6 @@ def train_loop(job: dict[str, Any]) -> None:
     config = from_dict(RunConfig, job["config"])
     stages: list[StageJob] = job["stages"]
     tokenizer = open_prepared(Path(job["prepared"])).tokenizer
-    device = get_device()
     board = job["board"] if rank == 0 else None
     tracker = None
     if rank == 0 and job["mlflow"]:
@@ -221,6 +220,24 @@ def train_loop(job: dict[str, Any]) -> None:
         stages = stages[at[0] :] if at else stages
         checkpoint = checkpoint if at else None  # of a stage that is done, or whose inputs have changed since
 
+    try:
+        train_all(config, stages, checkpoint, tokenizer, board, tracker)
+    except NonFiniteLoss as error:  # on every worker alike; to try again would end alike
+        if rank == 0:
+            write_file(Path(job["failure"]), str(error))
+
+
+def train_all(
+    config: RunConfig,
+    stages: list[StageJob],
+    checkpoint: ray.train.Checkpoint | None,
+    tokenizer: Tokenizer,
+    board: ActorHandle | None,
+    tracker: Tracker | None,
+) -> None:
+    """Train stages in order, the first one from `checkpoint` if there is one; rank 0 leaves each one's model folder."""
+    context, device = ray.train.get_context(), get_device()
+    rank, workers = context.get_world_rank(), context.get_world_size()
     model: YanModel | None = None
     for stage in stages:
         if model is None:
@@ -318,8 +335,10 @@ def train_stages(
                 f"stage {job.stage} has {rows} rows, fewer than stages.{job.stage}.batch_size={batch_size}: "
                 "add rows or lower the batch size"
             )
-    scaling = config.scaling
+    scaling, failure = config.scaling, storage.resolve() / "failure.txt"
+    failure.unlink(missing_ok=True)
     loop_config = {
+        "failure": str(failure),
         "config": to_dict(config),
         "stages": stages,
         "prepared": str(prepared.folder.resolve()),
@@ -350,6 +369,8 @@ def train_stages(
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         raise TrainingFailed(f"training failed: {reason_of(failures, error)}") from error
+    if failure.is_file():
+        raise TrainingFailed(f"training failed: {failure.read_text(encoding='utf-8')}")
 
 
 def fit_interruptibly(trainer: TorchTrainer) -> Result:

@@ -166,7 +166,7 @@ def _refuse_second_serve() -> None:
         return
     raise LaunchError(
         "this Ray already runs Serve, whose port and applications are not ours to change: add the model with "
-        "`serve deploy` (clusters/serve holds configs), or end the other with `serve shutdown` first"
+        "`serve deploy`, or end the other with `serve shutdown` first"
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -119,7 +121,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.num_heads >= 1 and self.d_model % (2 * self.num_heads) == 0,
+            self.num_heads >= 1 and self.d_model >= 1 and self.d_model % (2 * self.num_heads) == 0,
             f"model.d_model={self.d_model} must be a multiple of 2 * model.num_heads={2 * self.num_heads} "
             "(rotary positions need an even head width)",
         )
@@ -203,6 +205,10 @@ class FlowLossConfig:
     """Stage 2 on plain text: longest masked span."""
 
     def __post_init__(self) -> None:
+        for name in ("flow", "end", "ce", "gate", "balance", "entropy"):
+            value = getattr(self, f"weight_{name}")
+            _require(value >= 0 and math.isfinite(value), f"flow_loss.weight_{name} must be finite, >= 0, got {value}")
+        _require(self.corpus_max_span >= 1, f"flow_loss.corpus_max_span must be >= 1, got {self.corpus_max_span}")
         _require(self.sigma > 0, f"flow_loss.sigma must be > 0, got {self.sigma}")
         _require(
             len(self.solver_steps) > 0 and min(self.solver_steps) >= 1,
@@ -306,6 +312,11 @@ class DatasetConfig:
     """World: how many validation examples."""
     kinds: tuple[str, ...] = ()
     """World: kinds of question; none named = all."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_validation"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} of a data set must be >= 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +428,7 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where runs keep their data, checkpoints and model."""
     seed: int = 0
-    """Every random draw follows from it."""
+    """Every random draw follows from it; the order in which Ray Data hands rows to several workers does not."""
     init_from: str = ""
     """Model folder to start from instead of fresh weights; its tokenizer and architecture are kept."""
     log_every_s: float = 5.0
@@ -443,9 +454,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and not set(self.name) & set('/\\ "'),
-            f"name must be a folder name without spaces or slashes, got {self.name!r}",
+            bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name)) and self.name not in ("mlartifacts", "mlflow.db"),
+            "name must be letters, digits, `_`, `-` and `.`, begin with a letter or digit and not be mlartifacts or "
+            f"mlflow.db, which runs_dir holds already; got {self.name!r}",
         )
+        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        _require(self.log_every_s >= 0, f"log_every_s must be >= 0, got {self.log_every_s}")
         longest = max(self.data.max_source_tokens, self.data.max_target_tokens, self.data.window_tokens)
         _require(
             longest <= self.model.max_positions,

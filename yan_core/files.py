@@ -35,6 +35,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Clear up after writers that were killed: scratch goes, and a result that was just being replaced comes back.
+
+    Call it only where nobody else writes in `folder`.
+    """
+    for left in folder.glob(".*.old"):
+        path = left.with_name(left.name[1:].rsplit(".", 2)[0])
+        if not path.exists():
+            left.rename(path)
+    for left in (*folder.glob(".*.part"), *folder.glob(".*.old")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as handle:

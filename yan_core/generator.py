@@ -71,6 +71,8 @@ class TextGenerator:
         Raises:
             ValueError: If an argument is out of range.
         """
+        if isinstance(sources, str) or not all(isinstance(source, str) for source in sources):
+            raise ValueError(f"sources must be a list of texts, got {sources!r:.80}")
         if not sources:
             return []
         started = time.perf_counter()

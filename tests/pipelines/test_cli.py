@@ -88,8 +88,6 @@ def test_mistakes_end_in_a_short_message_and_an_exit_code(capsys, args, code, me
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
-    if command == "quickstart":
-        pytest.skip("its options are those of `yan run`")
     done = subprocess.run([sys.executable, "-m", "pipelines", command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()

@@ -18,7 +18,10 @@ def pool(lengths):
     rows = [list(range(4, 4 + n)) for n in lengths]
     epoch = pa.array([0] * len(rows), pa.int32())
     ids = pa.array(rows, pa.list_(pa.int32()))
-    return pa.table({"epoch": epoch, "source": ids, "target": pa.array([r[:2] for r in rows], pa.list_(pa.int32()))})
+    place = pa.array(range(len(rows)), pa.int32())
+    return pa.table(
+        {"epoch": epoch, "place": place, "source": ids, "target": pa.array([r[:2] for r in rows], pa.list_(pa.int32()))}
+    )
 
 
 def collate(batch_size, skip=0):
@@ -56,13 +59,16 @@ def test_a_pool_that_was_sliced_keeps_its_rows():
     assert sorted(batch["source_mask"].sum(-1).tolist()) == [3, 4, 5, 6]
 
 
-def test_draws_of_a_row_follow_from_content_seed_and_epoch_only():
+def test_draws_of_a_row_follow_from_content_place_seed_and_epoch_only():
+    places = np.array([0, 1])
     rows = [np.array([4, 5, 6], dtype=np.int32), np.array([7], dtype=np.int32)]
     epochs = np.array([2, 2])
-    keys = row_keys(rows, 1, epochs)
-    assert torch.equal(row_keys(rows[::-1], 1, epochs), keys.flip(0))
-    assert not (row_keys(rows, 1, epochs + 1) == keys).any()
-    assert not (row_keys(rows, 2, epochs) == keys).any()
+    keys = row_keys(rows, 1, epochs, places)
+    assert torch.equal(row_keys(rows[::-1], 1, epochs, places[::-1].copy()), keys.flip(0))
+    assert not (row_keys(rows, 1, epochs + 1, places) == keys).any()
+    assert not (row_keys(rows, 2, epochs, places) == keys).any()
+    equal = row_keys([rows[0]] * 5, 1, np.zeros(5), np.arange(5))
+    assert len(set(equal.tolist())) == 5  # equal rows, such as one label many times, are noised differently
 
 
 def test_batches_done_before_a_restart_are_passed_over():

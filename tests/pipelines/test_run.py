@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pipelines.run import data_inputs, difference, fingerprint, run_lock, stage_inputs, up_to_date
-from yan_core.config import RunConfig
+from pipelines.run import data_inputs, difference, fingerprint, run, run_lock, stage_inputs, up_to_date
+from yan_core.config import RunConfig, from_dict
 
 
 def changed(config: RunConfig, section: str, **values) -> RunConfig:
@@ -65,6 +65,38 @@ def test_the_decision_names_the_setting(tmp_path, capsys):
     assert "damaged or gone" in shown[2]
     assert "stages.flow.optim.lr: 1.0 -> 2.0" in shown[3]
     assert "the step before it was redone" in shown[4]
+
+
+def test_a_fresh_start_empties_its_own_folder_alone(tmp_path):
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder in (ours, other):
+        (folder / "stages").mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+    with run_lock(ours, fresh=True):
+        assert [p.name for p in ours.iterdir()] == [".lock"]
+    assert (other / "run.json").is_file()
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_up(tmp_path):
+    for name in (".model.999.part", ".flow.999.old", ".autoencoder.999.old", "autoencoder"):
+        (tmp_path / "stages" / name).mkdir(parents=True)
+    (tmp_path / ".run.json.999.part").write_text("{")
+    with run_lock(tmp_path):
+        # `flow` was being replaced and comes back; the new `autoencoder` was in its place already.
+        assert sorted(p.name for p in (tmp_path / "stages").iterdir()) == ["autoencoder", "flow"]
+        assert [p.name for p in tmp_path.glob(".*.part")] == []
+
+
+def test_the_built_in_stories_are_an_input_wherever_they_are_used(tmp_path):
+    more = from_dict(RunConfig, {"data": {"datasets": {"world_stories": {"format": "world_stories", "num_train": 7}}}})
+    assert "num_train" in difference(data_inputs(RunConfig()), data_inputs(more))
+
+
+def test_mistakes_of_a_config_are_found_before_anything_starts(tmp_path):
+    for data in ({"dataset": "wrold"}, {"task": "clasification"}):
+        with pytest.raises(ValueError, match="did you mean"):
+            run(from_dict(RunConfig, {"runs_dir": str(tmp_path / "runs"), "data": data}))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_two_runs_in_one_folder_are_refused_and_the_other_is_named(tmp_path):

@@ -101,6 +101,8 @@ def test_steps_are_passes(num_steps: int) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 for 1 sources"):
         GENERATOR.generate(["Mary"], seeds=[1, 2])
+    with pytest.raises(ValueError, match="sources must be a list of texts, got 'Mary'"):
+        GENERATOR.generate("Mary")
     with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):
         GENERATOR.generate(["Mary"], num_steps=0)
     for seed in (2**63, -1):
