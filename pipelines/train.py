@@ -239,8 +239,9 @@ def train_all(
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
     model: YanModel | None = None
+    held = ""  # folder of the trained model in memory
     for stage in stages:
-        if model is None:
+        if model is None or stage.init_from != held:
             if stage.init_from:
                 model, _, _ = from_pretrained(stage.init_from)
             else:
@@ -259,6 +260,7 @@ def train_all(
             save_pretrained(stage.output, model, tokenizer, model_details(config))
             write_file(Path(stage.record), json.dumps(stage.inputs, indent=2))
             reporter.say(f"done in {reporter.seconds:.0f} s")
+        held = stage.output
 
 
 def train_one_stage(state: StageState, reporter: Reporter, rank: int, workers: int, device: torch.device) -> None:
@@ -274,7 +276,10 @@ def train_one_stage(state: StageState, reporter: Reporter, rank: int, workers: i
     lr, saved_at = 0.0, time.perf_counter()
     while state.step < settings.max_steps:
         asked = time.perf_counter()
-        batch = next(batches).to(device)
+        batch = next(batches, None)
+        if batch is None:
+            raise TrainingFailed(f"stage {stage} ran out of rows at step {state.step}: prepare the data again")
+        batch = batch.to(device)
         wait_s = time.perf_counter() - asked
         lr = learning_rate(state.step, settings.max_steps, settings.optim)
         num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
