@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -27,7 +28,9 @@ def start(config, *overrides: str) -> tuple[subprocess.Popen, Path]:
     file.write_text(yaml.safe_dump(to_dict(config)))
     log = folder / f"log{len(list(folder.glob('log*')))}.txt"
     command = [sys.executable, "-m", "pipelines", "run", "--config", str(file), *overrides]
-    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT), log
+    # Where the tests themselves run in a shell's background, SIGINT is ignored, and a child would inherit that.
+    hears_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, preexec_fn=hears_interrupts), log
 
 
 def wait_for(pattern: str, log: Path, process: subprocess.Popen, timeout_s: float = 240) -> re.Match[str]:
