@@ -18,9 +18,9 @@ def quiet_ray() -> None:
     """Keep Ray's progress bars and routine log lines off the terminal; errors still come as exceptions."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    for name in ("ray", "ray.data", "ray.train"):
+    for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the traceback of every exception it raises
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
@@ -45,6 +45,7 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
     else:
         logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # else it warns of "too many" workers
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node is taken from a local session
         ray.init(num_cpus=logical, include_dashboard=False, **common)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has put its own in its place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -163,11 +164,26 @@ def read_files(dataset: DatasetConfig, files: list[str]) -> ray.data.Dataset:
         rows = readers.get(dataset.format, ray.data.read_parquet)(files)
         schema = rows.schema()
     except Exception as error:  # Ray wraps what any reader raises, so no narrower class names it
-        raise DataError(f"cannot read {files[0]} as {dataset.format}: {reason_of(error)}") from error
+        where = _first_broken_line(files) if dataset.format == "jsonl" else ""
+        raise DataError(
+            f"cannot read {where or files[0]} as {dataset.format}: {reason_of(error)}. Mend it, or take it out"
+        ) from error
     columns = list(schema.names) if schema is not None else []
     if not columns:
         raise DataError(f"{files[0]} is empty: name a file with rows under `train` and `validation` of the data set")
     return rows
+
+
+def _first_broken_line(files: list[str]) -> str:
+    """`file, line n` of the first line of local files that is no JSON; empty if there is none."""
+    for file in filter(os.path.isfile, files):
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    json.loads(line.strip() or "null")
+                except ValueError:
+                    return f"{file}, line {number},"
+    return ""
 
 
 def filtered(rows: ray.data.Dataset, dataset: DatasetConfig, name: str) -> ray.data.Dataset:

@@ -15,6 +15,7 @@ import matplotlib
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
 from yan_core.config import RunConfig
 
@@ -32,7 +33,7 @@ def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
@@ -50,7 +51,7 @@ def check_tracking(config: RunConfig) -> None:
     uri = tracking_uri(config)
     try:
         _client(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow lets database and connection errors of several libraries through
+    except (mlflow.MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: no database driver
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrackingError(
             f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "

@@ -25,9 +25,9 @@ from pipelines.loader import stage_batches
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.sources import DataError
 from pipelines.stream import open_stage
-from yan_core.checkpoint import from_pretrained, save_pretrained
+from yan_core.checkpoint import CheckpointError, from_pretrained, save_pretrained
 from yan_core.config import RunConfig, StageConfig, from_dict, to_dict
-from yan_core.files import code_fingerprint, write_file
+from yan_core.files import code_fingerprint, sha256_file, write_file
 from yan_core.loss import Objective
 from yan_core.model import YanModel, build_model
 from yan_core.tokenization import Tokenizer
@@ -100,12 +100,26 @@ class StageState:
         save_pretrained(folder / "model", self.model, self.tokenizer, model_details(self.config))
         # Tensors and plain values only, so that it is read back with weights_only=True.
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        position = {"stage": self.job.stage, "fingerprint": self.job.fingerprint, "step": self.step}
+        position = {
+            "stage": self.job.stage,
+            "fingerprint": self.job.fingerprint,
+            "step": self.step,
+            "optimizer_sha256": sha256_file(folder / "optimizer.pt"),
+        }
         (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
 
     def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote.
+
+        Raises:
+            CheckpointError: If a file of it is damaged.
+        """
         saved, _, _ = from_pretrained(folder / "model")
+        if sha256_file(folder / "optimizer.pt") != read_position(folder)["optimizer_sha256"]:
+            raise CheckpointError(
+                f"{folder / 'optimizer.pt'} is damaged: its SHA-256 is not the one in position.json; delete the run's "
+                "folder `training`, and the stage begins anew"
+            )
         self.model.load_state_dict(saved.state_dict())
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         self.step = read_position(folder)["step"]

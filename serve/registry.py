@@ -76,11 +76,11 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise RegistryError(f"{model}: mlflow is not installed; pip install 'yan[pipelines]'") from error
+        raise RegistryError(f"{model}: mlflow is not installed; in the folder of YAN's pyproject.toml, pip install -e '.[pipelines]'") from error
     client = MlflowClient(uri, uri)  # a registry set globally would win over the first alone
     try:
-        names = [m.name for m in client.search_registered_models()]
-        if name not in names:
+        if not client.search_registered_models(f"name = '{name}'"):
+            names = [m.name for m in client.search_registered_models()]
             raise RegistryError(f"{model}: the registry {uri} has no model {name!r}; it has {_listed(names)}")
         aliases = dict(client.get_registered_model(name).aliases)
         if alias and alias not in aliases:

@@ -26,6 +26,10 @@ FORMAT_VERSION = 1
 """Raised when a folder written by this code cannot be read by older code."""
 
 
+DETAILS = ("task", "max_source_tokens", "max_target_tokens")
+"""What generation needs beside model and tokenizer."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another format."""
 
@@ -37,7 +41,7 @@ def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, d
         folder: Where to; a folder there is replaced when the new one is complete.
         model: The weights are written as they are, bit for bit.
         tokenizer: Written beside them.
-        details: What else generation needs: `task`, `max_source_tokens`, `max_target_tokens`; any record besides.
+        details: What else generation needs, `DETAILS`; any record besides.
     """
     from yan_core import __version__
 
@@ -81,6 +85,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             "use the version of YAN that wrote it"
         )
     missing = {"vocab_size", "model", "details", "sha256"} - set(config)
+    if "details" not in missing:
+        missing |= {f"details.{name}" for name in DETAILS if name not in config["details"]}
     if missing:
         raise CheckpointError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; restore it from a copy")
     for name in ("model.safetensors", "tokenizer.json"):

@@ -263,7 +263,7 @@ class StageConfig:
     """Parts that learn; the others are frozen."""
     curriculum_steps: int = 0
     """Steps over which rows grow from the shortest eighth of what is read to all of it; 0: all lengths from the start.
-    On the built-in world 500 steps of it halved the steps to bind people to places (EXPERIMENTS, 2026-11-23)."""
+    What it did on the built-in world is in EXPERIMENTS, 2026-11-23."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer of this stage."""
 

@@ -96,3 +96,20 @@ def test_every_command_has_help(command):
 def test_importing_the_command_loads_neither_ray_nor_mlflow():
     code = "import sys, pipelines.cli; print([m for m in ('ray', 'mlflow', 'serve') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.ray
+def test_a_broken_line_of_jsonl_is_named_on_one_screen(tmp_path):
+    row = '{"context": "Mary went to the kitchen.", "question": "Where is Mary?", "answer": "kitchen"}\n'
+    (tmp_path / "rows.jsonl").write_text(row * 3 + row[:40])
+    own = {"format": "jsonl", "train": "rows.jsonl", "validation": "rows.jsonl"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"dataset": "own", "datasets": {"own": own}}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "prepare", "--config", "c.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "rows.jsonl, line 4, as jsonl" in done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) < 5

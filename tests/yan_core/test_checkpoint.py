@@ -127,6 +127,10 @@ def test_one_flipped_bit_is_noticed(folder: Path, name: str, place: float) -> No
         (lambda c: c.pop("format_version"), r"config\.json has format_version None"),
         (lambda c: c.pop("sha256"), r"config\.json is damaged: it lacks sha256"),
         (lambda c: c.pop("details"), r"config\.json is damaged: it lacks details"),
+        (
+            lambda c: c.update(details={"task": "question_answering"}),
+            r"config\.json is damaged: it lacks details\.max_source_tokens, details\.max_target_tokens",
+        ),
         (lambda c: (c.pop("model"), c.pop("vocab_size")), r"config\.json is damaged: it lacks model, vocab_size"),
         (lambda c: c["sha256"].pop("tokenizer.json"), r"tokenizer\.json is damaged: its SHA-256"),
         (lambda c: c["model"].update(d_model=32), r"model\.safetensors does not fit its config\.json"),
