@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = "serve" if args[0] == "serve" else "pipelines"
         if os.environ.get("YAN_TRACEBACK") or (error.name or "").split(".")[0] in ("yan_core", "pipelines", "serve"):
             raise
-        print(f"yan {args[0]}: {error}: in the folder of YAN's pyproject.toml, pip install -e '.[{extra}]'", file=sys.stderr)
+        remedy = f"in the folder of YAN's pyproject.toml: pip install -e '.[{extra}]'"
+        print(f"yan {args[0]}: {error}; {remedy}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
         ours = type(error).__module__.split(".")[0] in ("yan_core", "pipelines", "serve")

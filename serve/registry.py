@@ -76,7 +76,9 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise RegistryError(f"{model}: mlflow is not installed; in the folder of YAN's pyproject.toml, pip install -e '.[pipelines]'") from error
+        raise RegistryError(
+            f"{model}: mlflow is not installed; in the folder of YAN's pyproject.toml: pip install -e '.[pipelines]'"
+        ) from error
     client = MlflowClient(uri, uri)  # a registry set globally would win over the first alone
     try:
         if not client.search_registered_models(f"name = '{name}'"):
