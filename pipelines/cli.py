@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import logging
@@ -12,9 +13,9 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.config import Method, Ranking, RunConfig, SamplingConfig, from_dict, to_dict
 
 
 class UsageError(ValueError):
@@ -137,9 +138,15 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--data", required=True, help="file with the data set's columns")
     parser.add_argument("--num-steps", type=int, default=3, help="solver steps = forward passes")
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
+    parser.add_argument("--method", choices=get_args(Method), default=None, help="ODE solver; default: the config's")
+    parser.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance, 1 is none")
+    parser.add_argument(
+        "--num-candidates", type=int, default=None, help="answers drawn for each row, the best is scored"
+    )
+    parser.add_argument("--ranking", choices=get_args(Ranking), default=None, help="what makes a candidate the best")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     chosen = parser.parse_args(args)
-    _at_least_one(chosen, "num_steps", "max_rows")
+    _at_least_one(chosen, "num_steps", "max_rows", "num_candidates")
     config = parse_config("evaluate", ["--config", chosen.config])
     from pipelines.cluster import ray_session
     from pipelines.evaluation import evaluate_model, summary
@@ -149,7 +156,12 @@ def _evaluate(args: list[str]) -> int:
     read_config(chosen.model)
     with ray_session(1, 1):
         rows = read_text_rows(config, chosen.data)[: chosen.max_rows]
-    (quality,) = evaluate_model(Path(chosen.model), rows, [chosen.num_steps], config.evaluation.batch_size)
+    named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
+    given = {name: value for name, value in named.items() if value is not None}
+    sampling = dataclasses.replace(config.evaluation.sampling, **given)
+    (quality,) = evaluate_model(
+        Path(chosen.model), rows, [chosen.num_steps], config.evaluation.batch_size, sampling=sampling
+    )
     result = summary(quality, len(rows), Path(chosen.model), chosen.data)
     print(json.dumps(result, indent=2))
     if chosen.json:
@@ -207,6 +219,16 @@ def _quickstart(args: list[str]) -> int:
     return quickstart(args)
 
 
+def _demo(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="yan demo", description="Small experiments that show one idea each.")
+    parser.add_argument("name", choices=["geometry"], help="geometry: what experts are for, on points in the plane")
+    parser.add_argument("options", nargs="*", help="its own; see `yan demo geometry --help`")
+    parser.parse_args(args[:1])
+    from pipelines.geometry import main as geometry
+
+    return geometry(args[1:])
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
     "prepare": ("read, tokenise and write the data of a run", _prepare),
@@ -214,6 +236,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "evaluate": ("score a saved model on a file", _evaluate),
     "serve": ("serve a model over HTTP", _serve),
     "config": ("print the resolved config", _config),
+    "demo": ("small experiments that show one idea: `yan demo geometry`", _demo),
     "quickstart": ("the main job end to end on the built-in world", _quickstart),
 }
 """Subcommand -> what it does, and the function that does it."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import yan_core
+from yan_core.config import SamplingConfig
 from yan_core.files import code_commit
 from yan_core.metrics import exact_match
 from yan_core.tasks import get_task
@@ -23,18 +24,22 @@ class Quality:
     """Figures of one model at one number of solver steps.
 
     Attributes:
-        num_steps: Solver steps = forward passes.
+        num_steps: Solver steps.
+        nfe: Trunk passes an answer; equal to num_steps with Euler's method and no guidance.
         metric: Name of `value`.
-        value: Share of exactly right answers, in [0, 1].
+        value: Share of exactly right answers, in [0, 1], the model choosing their length.
         by_kind: The same for each kind of question, where rows have kinds.
+        oracle_value: The same where the model is told the true length, for a model that predicts lengths; else None.
         latency_ms_batch_1: Median time of one request alone, text to text.
         examples: Source, target and answer of some rows.
     """
 
     num_steps: int
+    nfe: int
     metric: str
     value: float
     by_kind: dict[str, float]
+    oracle_value: float | None
     latency_ms_batch_1: float
     examples: list[dict[str, str]]
 
@@ -45,6 +50,7 @@ def evaluate_model(
     num_steps: Sequence[int],
     batch_size: int,
     device: str = "cpu",
+    sampling: SamplingConfig | None = None,
     on_done: Callable[[Quality], None] | None = None,
 ) -> list[Quality]:
     """Answer every row at each number of steps and score it.
@@ -58,6 +64,7 @@ def evaluate_model(
         num_steps: Numbers of solver steps.
         batch_size: Rows of a batch.
         device: Where the model runs.
+        sampling: Solver, guidance and candidates; None: the defaults.
         on_done: Called after each number of steps.
 
     Raises:
@@ -72,24 +79,39 @@ def evaluate_model(
     # Rows of like length share a batch; the seeds keep each answer the same in any order.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
     results = []
-    for steps in num_steps:
+    encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
+    true_lengths = [min(max(1, len(e.ids)), generator.max_target_tokens) for e in encoded]
+    how = vars(sampling or SamplingConfig())
+
+    def answer_all(steps: int, oracle: bool) -> list[str]:
         answers = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            done = generator.generate([rows[i]["source"] for i in places], steps, seeds=places)
+            lengths = [true_lengths[i] for i in places] if oracle else None
+            done = generator.generate([rows[i]["source"] for i in places], steps, seeds=places, lengths=lengths, **how)
             for place, generation in zip(places, done, strict=True):
                 answers[place] = generation.text
+        return answers
+
+    for steps in num_steps:
+        answers = answer_all(steps, oracle=False)
+        oracle_value = None
+        if generator.model.length is not None:
+            oracle_value = exact_match(answer_all(steps, oracle=True), references)
         kinds = sorted({r["kind"] for r in rows if r.get("kind")})
         by_kind = {}
         for kind in kinds:
             chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
             by_kind[kind] = exact_match([answers[i] for i in chosen], [references[i] for i in chosen])
+        latency_ms, nfe = _latency_ms(generator, [r["source"] for r in rows[:20]], steps, how)
         quality = Quality(
             num_steps=steps,
+            nfe=nfe,
             metric=metric,
             value=exact_match(answers, references),
             by_kind=by_kind,
-            latency_ms_batch_1=_latency_ms(generator, [r["source"] for r in rows[:20]], steps),
+            oracle_value=oracle_value,
+            latency_ms_batch_1=latency_ms,
             examples=[
                 {"source": r["source"], "target": " | ".join(r["answers"]), "answer": a}
                 for r, a in list(zip(rows, answers, strict=True))[:10]
@@ -101,23 +123,28 @@ def evaluate_model(
     return results
 
 
-def _latency_ms(generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int) -> float:
-    times = []
+def _latency_ms(
+    generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int, how: dict[str, Any]
+) -> tuple[float, int]:
+    """Median time of a request alone, in milliseconds, and its trunk passes."""
+    times, nfe = [], 0
     for source in sources:
         started = time.perf_counter()
-        generator.generate([source], num_steps)
+        nfe = generator.generate([source], num_steps, **how)[0].nfe
         times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times)
+    return statistics.median(times), nfe
 
 
 def summary(quality: Quality, num_rows: int, folder: Path, data: str) -> dict[str, Any]:
     """What `yan evaluate --json` writes."""
+    oracle = {} if quality.oracle_value is None else {f"{quality.metric}_oracle_length": quality.oracle_value}
+    by_kind = {f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}
     return {
-        "metrics": {quality.metric: quality.value, **{f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}},
+        "metrics": {quality.metric: quality.value, **by_kind, **oracle},
         "counts": {"rows": num_rows},
         "latency_ms": {"batch_1_p50": quality.latency_ms_batch_1},
         "num_steps": quality.num_steps,
-        "nfe": quality.num_steps,
+        "nfe": quality.nfe,
         "length": "own",
         "model": str(folder),
         "data": data,

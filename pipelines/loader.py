@@ -77,9 +77,11 @@ class StageCollate(ArrowBatchCollateFn):
         keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epochs, in_shard)
         if self.stage == "autoencoder":
             return autoencoder_batch(rows["target"], keys, config.autoencoder_loss)
+        fill = config.model.length == "fill"
         if self.stage == "flow":
-            return infilling_batch(rows["target"], keys, config.flow_loss)
-        return task_batch(rows["source"], rows["target"], keys, config.flow_loss, config.data.max_target_tokens)
+            return infilling_batch(rows["target"], keys, config.flow_loss, fill)
+        longest = config.data.max_target_tokens
+        return task_batch(rows["source"], rows["target"], keys, config.flow_loss, longest, fill)
 
 
 def stage_batches(shard: Any, config: RunConfig, stage: str, workers: int, skip_steps: int) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ first differing setting is named and the step and all after it are done again.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -28,7 +29,7 @@ from pipelines.sources import files_of, find_dataset, locate
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import STAGES, StageJob, train_stages
 from yan_core.checkpoint import CheckpointError, read_config
-from yan_core.config import RunConfig, to_dict
+from yan_core.config import ModelConfig, RunConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
 from yan_core.tasks import get_task
 
@@ -97,6 +98,13 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
         "world": built_in,
         "init_from": read_config(config.init_from)["sha256"] if config.init_from else {},
     }
+
+
+def with_architecture_of_start(config: RunConfig) -> RunConfig:
+    """The config with the architecture of the model it starts from, which is kept; unchanged where it starts afresh."""
+    if not config.init_from:
+        return config
+    return dataclasses.replace(config, model=from_dict(ModelConfig, read_config(config.init_from)["model"], "model"))
 
 
 def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
@@ -275,13 +283,19 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
 
     def show(q: Quality) -> None:
         kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
-        say(f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)")
+        oracle = "" if q.oracle_value is None else f"  (told the length: {q.oracle_value:.4f})"
+        say(
+            f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{oracle}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)"
+        )
 
     device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
     steps, batch_size = config.evaluation.num_steps, config.evaluation.batch_size
-    quality = evaluate_model(model, rows, steps, batch_size, device, on_done=show)
+    how = config.evaluation.sampling
+    quality = evaluate_model(model, rows, steps, batch_size, device, how, on_done=show)
     for q in quality:
         named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
+        if q.oracle_value is not None:
+            named[f"eval/{q.metric}_oracle_length"] = q.oracle_value
         tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
     best = quality[len(quality) // 2]
     tracker.table([{**e, "num_steps": str(best.num_steps)} for e in best.examples], "examples.json")
@@ -303,6 +317,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     """
     folder = Path(config.runs_dir) / config.name
     seconds: dict[str, float] = {}
+    config = with_architecture_of_start(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
     check_tracking(config)
     with run_lock(folder, fresh), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):

@@ -116,6 +116,10 @@ class Tracker:
         """Store a text as a file."""
         self.client.log_text(self.run_id, text, file)
 
+    def file(self, path: Path) -> None:
+        """Store a file under its own name."""
+        self.client.log_artifact(self.run_id, str(path))
+
     def table(self, rows: Sequence[Mapping[str, Any]], file: str) -> None:
         """Store rows as a table that MLflow's page shows."""
         columns = {name: [row[name] for row in rows] for name in rows[0]}

@@ -123,10 +123,14 @@ def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLoss
     return Batch(keys, torch.where(clean, target, corrupted), target_mask, target, target_mask)
 
 
-def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig) -> Batch:
-    """Stage 2 on plain text: the source has masked spans, the target is the whole text, then end-of-text tokens."""
+def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig, fill: bool = True) -> Batch:
+    """Stage 2 on plain text: the source has masked spans, the target is the whole text; `fill` as in `task_batch`, up
+    to the longest row.
+    """
     text, mask = pad_rows(rows, PAD)
     source, source_mask = infill_spans(text, mask, keys, config.corpus_mask_share, config.corpus_max_span)
+    if not fill:
+        return Batch(keys, source, source_mask, text, mask)
     target, _ = pad_rows(rows, EOS)
     return Batch(keys, source, source_mask, target, torch.ones_like(mask))
 
@@ -137,11 +141,27 @@ def task_batch(
     keys: Tensor,
     config: FlowLossConfig,
     target_length: int,
+    fill: bool = True,
 ) -> Batch:
-    """Stage 3: a task's pairs; targets are filled with end-of-text tokens to `target_length`."""
+    """Stage 3: a task's pairs.
+
+    Args:
+        sources: Token ids of each source.
+        targets: Token ids of each target, at most `target_length`.
+        keys: [batch].
+        config: Shares of the source that are hidden.
+        target_length: Places of a filled target.
+        fill: Whether targets are filled with end-of-text tokens to `target_length`, or keep their own length (an empty
+            one is a single end-of-text token).
+    """
     source, source_mask = pad_rows(sources, PAD)
     if config.source_mask_share:
         hidden = uniform(keys, Stream.SOURCE_MASK, (source.shape[1],)) < config.source_mask_share
         source = source.masked_fill(hidden & source_mask, MASK)
-    target, mask = pad_rows(targets, EOS, target_length)
-    return Batch(keys, source, source_mask, target, torch.ones_like(mask))
+    if config.source_drop_share:
+        source_mask = source_mask & (uniform(keys, Stream.SOURCE_DROP, (1,)) >= config.source_drop_share)
+    target, mask = pad_rows(targets, EOS, target_length if fill else None)
+    if fill:
+        return Batch(keys, source, source_mask, target, torch.ones_like(mask))
+    mask[:, 0] = True
+    return Batch(keys, source, source_mask, target.masked_fill(~mask, PAD), mask)

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yan_core.config import ModelConfig
+from yan_core.mamba import BidirectionalMamba
+
 
 @dataclass(frozen=True)
 class KeyValues:
@@ -28,6 +31,17 @@ class KeyValues:
             return self
         mask = None if self.mask is None else self.mask.repeat(times, 1)
         return KeyValues(self.keys.repeat(times, 1, 1, 1), self.values.repeat(times, 1, 1, 1), mask)
+
+    def hidden(self) -> KeyValues:
+        """The same shape with no real token: what attends to it gets zeros."""
+        batch, _, length, _ = self.keys.shape
+        return KeyValues(self.keys, self.values, torch.zeros(batch, length, dtype=torch.bool, device=self.keys.device))
+
+    def beside(self, other: KeyValues) -> KeyValues:
+        """These rows and then those of `other`, which has the same shape and a mask too."""
+        assert self.mask is not None and other.mask is not None
+        keys, values = torch.cat([self.keys, other.keys]), torch.cat([self.values, other.values])
+        return KeyValues(keys, values, torch.cat([self.mask, other.mask]))
 
 
 @lru_cache(maxsize=64)
@@ -97,8 +111,8 @@ class Attention(nn.Module):
         keys, values = self.key_value(context).chunk(2, dim=-1)
         return KeyValues(self._heads(keys), self._heads(values), mask)
 
-    def forward(self, x: Tensor, context: KeyValues | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend from x to `context`, or to x itself with padding `mask`; [batch, length, d_model] in and out."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, context: KeyValues | None = None) -> Tensor:
+        """Attend from x to x itself with padding `mask`, or to `context`; [batch, length, d_model] in and out."""
         query = self._heads(self.query(x))
         if context is None:
             context = self.project(x, mask)
@@ -131,25 +145,30 @@ class ShortConv(nn.Module):
         return x + out[..., 0].transpose(1, 2) * keep
 
 
-class EncoderBlock(nn.Module):
-    """Pre-norm bidirectional Transformer block, with an optional short convolution in front."""
+def token_mixer(config: ModelConfig, rotary: bool) -> nn.Module:
+    """What lets a block's tokens see each other: [batch, length, d_model] and padding mask in, the former out."""
+    if config.mixer == "attention":
+        return Attention(config.d_model, config.num_heads, rotary)
+    return BidirectionalMamba(config.d_model, config.mamba.d_state, config.mamba.conv_kernel, config.mamba.expand)
 
-    def __init__(
-        self, d_model: int, num_heads: int, ffn_multiple: int, dropout: float, conv_kernel: int, rotary: bool
-    ) -> None:
+
+class EncoderBlock(nn.Module):
+    """Pre-norm bidirectional block, with an optional short convolution in front."""
+
+    def __init__(self, config: ModelConfig, conv_kernel: int, rotary: bool) -> None:
         super().__init__()
-        self.conv = ShortConv(d_model, conv_kernel) if conv_kernel else None
-        self.norm_attention = nn.LayerNorm(d_model)
-        self.attention = Attention(d_model, num_heads, rotary)
-        self.norm_ffn = nn.LayerNorm(d_model)
-        self.ffn = feed_forward(d_model, ffn_multiple)
-        self.dropout = nn.Dropout(dropout)
+        self.conv = ShortConv(config.d_model, conv_kernel) if conv_kernel else None
+        self.norm_mixer = nn.LayerNorm(config.d_model)
+        self.mixer = token_mixer(config, rotary)
+        self.norm_ffn = nn.LayerNorm(config.d_model)
+        self.ffn = feed_forward(config.d_model, config.ffn_multiple)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[batch, length, d_model] in and out; mask [batch, length]."""
         if self.conv is not None:
             x = self.conv(x, mask)
-        x = x + self.dropout(self.attention(self.norm_attention(x), mask=mask))
+        x = x + self.dropout(self.mixer(self.norm_mixer(x), mask))
         return x + self.dropout(self.ffn(self.norm_ffn(x)))
 
 
@@ -179,19 +198,19 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class FlowBlock(nn.Module):
-    """Self-attention, cross-attention to the source where asked, feed-forward; each normalised adaptively by t."""
+    """Token mixer, cross-attention to the source where asked, feed-forward; each normalised adaptively by t."""
 
-    def __init__(self, d_model: int, num_heads: int, ffn_multiple: int, dropout: float, cross_attention: bool) -> None:
+    def __init__(self, config: ModelConfig, cross_attention: bool) -> None:
         super().__init__()
         self.num_sublayers = 3 if cross_attention else 2
-        self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.modulation = nn.Linear(d_model, 2 * self.num_sublayers * d_model)
+        self.norm = nn.LayerNorm(config.d_model, elementwise_affine=False)
+        self.modulation = nn.Linear(config.d_model, 2 * self.num_sublayers * config.d_model)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.attention = Attention(d_model, num_heads, rotary=True)
-        self.cross_attention = Attention(d_model, num_heads, rotary=False) if cross_attention else None
-        self.ffn = feed_forward(d_model, ffn_multiple)
-        self.dropout = nn.Dropout(dropout)
+        self.mixer = token_mixer(config, rotary=True)
+        self.cross_attention = Attention(config.d_model, config.num_heads, rotary=False) if cross_attention else None
+        self.ffn = feed_forward(config.d_model, config.ffn_multiple)
+        self.dropout = nn.Dropout(config.dropout)
 
     def modulations(self, time: Tensor) -> tuple[Tensor, ...]:
         """Scale and shift of each sub-layer at embedded times [batch, d_model]; each [batch, d_model]."""
@@ -202,7 +221,7 @@ class FlowBlock(nn.Module):
     ) -> Tensor:
         """[batch, length, d_model] in and out; mask: the target's, or None; source: projected source latents."""
         pairs = list(zip(modulations[::2], modulations[1::2], strict=True))
-        x = x + self.dropout(self.attention(modulate(self.norm(x), *pairs[0]), mask=mask))
+        x = x + self.dropout(self.mixer(modulate(self.norm(x), *pairs[0]), mask))
         if self.cross_attention is not None:
             x = x + self.dropout(self.cross_attention(modulate(self.norm(x), *pairs[1]), context=source))
         return x + self.dropout(self.ffn(modulate(self.norm(x), *pairs[-1])))

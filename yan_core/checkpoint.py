@@ -22,7 +22,7 @@ from yan_core.tokenization import Tokenizer
 if TYPE_CHECKING:
     from yan_core.generator import TextGenerator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when a folder written by this code cannot be read by older code."""
 
 

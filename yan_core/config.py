@@ -81,11 +81,34 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """A bidirectional selective state space layer (Gu and Dao 2023, arXiv:2312.00752)."""
+
+    d_state: int = 16
+    """State size of each channel."""
+    conv_kernel: int = 4
+    """Width of the causal convolution before the scan."""
+    expand: int = 2
+    """Inner width, as a multiple of d_model."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_state", "conv_kernel", "expand"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.mamba.{name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of the autoencoder and of the mixture-of-experts flow (arXiv:2604.15009)."""
 
     d_model: int = 128
-    """Width of every latent."""
+    """Width of every layer."""
+    latent_dim: int = 0
+    """Width of the latents x_0, x_1 between target encoder, flow and decoder; 0: d_model."""
+    mixer: Literal["attention", "mamba"] = "attention"
+    """What lets tokens see each other in the encoders and the flow; cross-attention to the source stays attention."""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    """Layer of `mixer: mamba`."""
     num_heads: int = 4
     """Attention heads."""
     ffn_multiple: int = 4
@@ -109,6 +132,16 @@ class ModelConfig:
     """Cross-attention to the source in every n-th flow block."""
     num_experts: int = 4
     """Expert velocity heads K; 1 is plain flow matching."""
+    top_k: int = 0
+    """Experts computed in a training step for each scope, drawn by the gate; 0: all of them, the paper's dense mixture.
+    At inference one is computed either way."""
+    prediction: Literal["velocity", "endpoint"] = "velocity"
+    """What an expert's head gives: u_t, or x_1, from which the velocity follows. The likelihood is of the same."""
+    self_conditioning: bool = False
+    """The trunk also reads the estimate of x_1 of the pass before (Chen et al. 2022, arXiv:2208.04202)."""
+    length: Literal["fill", "predicted"] = "fill"
+    """How long an answer is: `fill` writes end-of-text tokens up to the longest target and cuts at the first one;
+    `predicted` writes as many tokens as a head on the source says."""
     expert_scope: Literal["token", "segment", "sequence"] = "sequence"
     """What one draw of an expert covers. The paper draws by token; tokens that draw alone mix two right answers into a
     wrong one (EXPERIMENTS, 2026-11-23)."""
@@ -129,9 +162,27 @@ class ModelConfig:
         for name in (*counts, "ffn_multiple", "max_positions"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        _require(
+            0 <= self.top_k <= self.num_experts,
+            f"model.top_k must be in [0, model.num_experts={self.num_experts}], got {self.top_k}",
+        )
+        _require(
+            self.mixer == "attention" or not (self.source_encoder.matching_gain or self.target_encoder.matching_gain),
+            "model.*_encoder.matching_gain is for attention and must be 0 with model.mixer=mamba",
+        )
+        _require(self.latent_dim >= 0, f"model.latent_dim must be >= 0, got {self.latent_dim}")
+        _require(
+            not (self.share_encoder and self.latent_dim),
+            "model.latent_dim must be 0 with model.share_encoder, whose latents the flow reads as a source too",
+        )
         _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
         _require(self.gate_temperature > 0, f"model.gate_temperature must be > 0, got {self.gate_temperature}")
         _require(self.init_noise > 0, f"model.init_noise must be > 0, got {self.init_noise}")
+
+    @property
+    def latent_width(self) -> int:
+        """Width of x_0 and x_1."""
+        return self.latent_dim or self.d_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +250,23 @@ class FlowLossConfig:
     """Weight of the end-of-text tokens after the first one, which fill a short target up and are never shown."""
     source_mask_share: float = 0.0
     """Share of source tokens replaced by the mask token in training, a regulariser for small data."""
+    source_drop_share: float = 0.0
+    """Share of rows that lose their whole source in training, which classifier-free guidance needs (0.1 is usual)."""
+    weight_length: float = 0.1
+    """Weight of the length head's cross-entropy, where model.length is `predicted`."""
+    weight_l2: float = 0.0
+    """Weight of the mean squared x_1, for stages that train the target encoder too."""
+    weight_mmd: float = 0.0
+    """Weight of the maximum mean discrepancy between x_1 and N(0, I), for the same stages."""
+    mmd_tokens: int = 256
+    """Most token vectors used for the discrepancy in a step."""
     corpus_mask_share: float = 0.12
     """Stage 2 on plain text: share of tokens under span masks in the source."""
     corpus_max_span: int = 3
     """Stage 2 on plain text: longest masked span."""
 
     def __post_init__(self) -> None:
-        for name in ("flow", "end", "ce", "gate", "balance", "entropy"):
+        for name in ("flow", "end", "ce", "gate", "balance", "entropy", "length", "l2", "mmd"):
             value = getattr(self, f"weight_{name}")
             _require(value >= 0 and math.isfinite(value), f"flow_loss.weight_{name} must be finite, >= 0, got {value}")
         _require(self.corpus_max_span >= 1, f"flow_loss.corpus_max_span must be >= 1, got {self.corpus_max_span}")
@@ -217,7 +278,8 @@ class FlowLossConfig:
         for name in ("time_alpha", "time_beta"):
             value = getattr(self, name)
             _require(value > 0, f"flow_loss.{name} must be > 0, got {value}")
-        for name in ("fill_weight", "source_mask_share", "corpus_mask_share"):
+        _require(self.mmd_tokens >= 2, f"flow_loss.mmd_tokens must be >= 2, got {self.mmd_tokens}")
+        for name in ("fill_weight", "source_mask_share", "source_drop_share", "corpus_mask_share"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"flow_loss.{name} must be in [0, 1], got {value}")
 
@@ -384,6 +446,33 @@ class ScalingConfig:
         _require(self.checkpoint_every_s > 0, f"scaling.checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
 
 
+Method = Literal["euler", "midpoint", "heun"]
+"""ODE solvers: order 1, 2 and 2; one, two and two trunk passes a step."""
+
+Ranking = Literal["bayes_risk", "confidence"]
+"""How the best of several candidates is found: the one most like the others, or the one the decoder is surest of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How answers are drawn, besides the number of solver steps."""
+
+    method: Method = "euler"
+    """ODE solver; `midpoint` and `heun` take two trunk passes a step."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none, other values double the trunk passes. Wants flow_loss.source_drop_share."""
+    num_candidates: int = 1
+    """Answers drawn for each source in one batch, of which the best is given."""
+    ranking: Ranking = "bayes_risk"
+    """The best is the one most like the others, or the one the decoder is surest of."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_candidates >= 1, f"sampling.num_candidates must be >= 1, got {self.num_candidates}")
+        _require(
+            math.isfinite(self.guidance_scale), f"sampling.guidance_scale must be finite, got {self.guidance_scale}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is measured after training."""
@@ -394,6 +483,8 @@ class EvaluationConfig:
     """Most validation rows."""
     batch_size: int = 64
     """Rows of a batch."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Solver, guidance and candidates."""
 
     def __post_init__(self) -> None:
         _require(

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from yan_core.batching import Batch
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig
-from yan_core.model import YanModel
+from yan_core.model import FlowNetwork, Source, YanModel
 from yan_core.moe import (
     balance_loss,
+    choose_experts,
     draw_expert,
     gate_entropy,
     gate_log_probs,
-    gather_expert,
     scope_length,
     spread,
     sum_scopes,
     velocity_log_likelihood,
 )
 from yan_core.noise import Stream, normal, uniform
-from yan_core.path import beta_times, straight_path
-from yan_core.solver import euler, time_grid
+from yan_core.path import beta_times, endpoint_of, straight_path
+from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
 from yan_core.tokenization import Tokenizer
 
 
@@ -90,6 +90,21 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, sigmas: tuple[float, ...] = (
         return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
 
+def latent_terms(latents: Tensor, mask: Tensor, keys: Tensor, mmd_tokens: int) -> tuple[Tensor, Tensor]:
+    """Mean squared latent, and discrepancy of some real tokens' latents to N(0, I) (arXiv:2604.15009, stage 1).
+
+    Args:
+        latents: [batch, length, d_model].
+        mask: True for real tokens, [batch, length].
+        keys: [batch].
+        mmd_tokens: Most tokens used for the discrepancy.
+    """
+    real = latents[mask].float()
+    order = uniform(keys, Stream.MMD, (mask.shape[1],))[mask].argsort()[:mmd_tokens]
+    prior = normal(keys[:1], Stream.MMD, (len(order), real.shape[1]))[0]
+    return real.square().mean(), maximum_mean_discrepancy(real[order], prior)
+
+
 def autoencoder_loss(model: YanModel, batch: Batch, config: AutoencoderLossConfig) -> LossOutput:
     """Stage 1: reconstruct the clean text from the corrupted one through noisy latents.
 
@@ -104,19 +119,148 @@ def autoencoder_loss(model: YanModel, batch: Batch, config: AutoencoderLossConfi
     noisy = latents + scale * normal(batch.keys, Stream.LATENT_NOISE, tuple(latents.shape[1:])).to(latents.dtype)
     logits = model.decoder(noisy)
     loss_ce = weighted_cross_entropy(logits, batch.target_ids, mask)
-    real = latents[mask].float()
-    loss_l2 = real.square().mean()
-    order = uniform(batch.keys, Stream.MMD, (mask.shape[1],))[mask].argsort()[: config.mmd_tokens]
-    prior = normal(batch.keys[:1], Stream.MMD, (len(order), real.shape[1]))[0]
-    loss_mmd = maximum_mean_discrepancy(real[order], prior)
+    loss_l2, loss_mmd = latent_terms(latents, mask, batch.keys, config.mmd_tokens)
     total = loss_ce + config.weight_l2 * loss_l2 + config.weight_mmd * loss_mmd
     right = ((logits.argmax(-1) == batch.target_ids) * mask).sum() / mask.sum()
     parts = {"loss_ce": loss_ce, "loss_l2": loss_l2, "loss_mmd": loss_mmd, "token_accuracy": right}
     return LossOutput(total, {name: value.detach() for name, value in parts.items()})
 
 
+@dataclass(frozen=True)
+class Matching:
+    """Flow matching of one batch.
+
+    Attributes:
+        endpoint: Where the solver arrives from x_0 with one expert a scope, [batch, length, latent_dim], with gradient.
+        terms: Terms of the objective by name, scalars with gradient.
+        load_max: Busiest expert's share over the mean share, a scalar.
+    """
+
+    endpoint: Tensor
+    terms: dict[str, Tensor]
+    load_max: Tensor
+
+
+def match_flow(
+    flow: FlowNetwork,
+    x_0: Tensor,
+    x_1: Tensor,
+    t: Tensor,
+    source: Source,
+    mask: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    config: FlowLossConfig,
+    num_steps: int,
+) -> Matching:
+    """Likelihood of the path under the mixture of experts, gate terms, and the endpoint of the solver.
+
+    Args:
+        flow: The network.
+        x_0: Source noise, [batch, length, latent_dim].
+        x_1: Data, same shape.
+        t: Times in [0, 1), [batch].
+        source: From `flow.source`.
+        mask: True for real target tokens, [batch, length].
+        weight: How much each token counts; 0 where it is not real, [batch, length].
+        keys: Each row's key for random draws, int64, [batch].
+        config: Sigma, likelihood, draw.
+        num_steps: Euler steps of the solver.
+
+    Source: arXiv:2604.15009; joint likelihood, posterior draw and `top_k` are ours.
+    """
+    length = mask.shape[1]
+    tokens = scope_length(flow.config, length)
+    total_weight = weight.sum().clamp_min(1)
+    path = straight_path(x_0, x_1, t)
+    goal = path.u_t if flow.config.prediction == "velocity" else x_1
+    at_0, at_t = flow.at(torch.zeros_like(t)), flow.at(t)
+
+    # One pass at (x_0, 0), which is also the solver's first step, and one at (x_t, t): together where nothing of the
+    # first goes into the second.
+    features_t = None
+    if flow.config.self_conditioning:
+        features_0 = flow.trunk(x_0, at_0, source, mask)
+    else:
+        both = flow.trunk(torch.cat([x_0, path.x_t]), at_0.beside(at_t), source.repeat(2), mask.repeat(2, 1))
+        features_0, features_t = both.chunk(2)
+    gate_0 = gate_log_probs(flow.gate(features_0, source.mean, at_0.embedding), mask, tokens)
+
+    # The experts that take part: all, or a few a scope.
+    routed = None
+    if flow.config.top_k:
+        draws = uniform(keys, Stream.ROUTING, tuple(gate_0.shape[1:]))
+        routed = choose_experts(gate_0, draws, flow.config.top_k)
+
+    def outputs(features: Tensor) -> Tensor:
+        return (
+            flow.experts(features) if routed is None else flow.experts.chosen(features, spread(routed, tokens, length))
+        )
+
+    def among_routed(gate: Tensor) -> Tensor:
+        return gate if routed is None else gate.gather(-1, routed).log_softmax(-1)
+
+    def log_likelihood(features: Tensor) -> Tensor:
+        return velocity_log_likelihood(outputs(features), goal, weight, config.sigma, tokens)
+
+    uniforms = uniform(keys, Stream.EXPERT, gate_0.shape[1:2])
+    prior_0 = among_routed(gate_0)
+    joint = config.likelihood == "joint"
+    log_0 = log_likelihood(features_0) if joint or features_t is None else None
+    if features_t is None:
+        assert log_0 is not None
+        guess = _guess(flow, x_0, features_0, _pick(routed, draw_expert(prior_0 + log_0, uniforms)), tokens)
+        kept = uniform(keys, Stream.GUESS, (1, 1)) < 0.5  # half of the rows do without, as at the first step
+        features_t = flow.trunk(path.x_t, at_t, source, mask, guess * kept)
+
+    # Which expert explains the path: log pi_k + log N(u | v_k).
+    log_t = log_likelihood(features_t)
+    if joint:
+        assert log_0 is not None
+        prior, log_joint = prior_0, prior_0 + log_0 + log_t
+    else:
+        prior = among_routed(gate_log_probs(flow.gate(features_t, source.mean, at_t.embedding), mask, tokens))
+        log_joint = prior + log_t
+    # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
+    loss_flow = -log_joint.logsumexp(-1).sum() / (total_weight * x_1.shape[-1])
+
+    responsibility = log_joint.detach().softmax(-1)
+    scope_is_real = sum_scopes(mask[..., None].to(prior.dtype), mask, tokens)[..., 0] > 0
+    loss_gate = -((responsibility * prior).sum(-1) * scope_is_real).sum() / scope_is_real.sum().clamp_min(1)
+
+    # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
+    drawn = draw_expert(log_joint if config.expert_draw == "posterior" else prior_0, uniforms)
+    expert = spread(_pick(routed, drawn), tokens, length)
+    grid = time_grid(num_steps)
+    field = FrozenExpertField(flow, source, evaluation_times(grid), mask, expert=expert, features_0=features_0)
+    endpoint = solve(field, x_0, grid)
+    loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / total_weight
+
+    terms = {
+        "loss_flow": loss_flow,
+        "loss_end": loss_end,
+        "loss_gate": loss_gate,
+        "loss_balance": balance_loss(gate_0),
+        "gate_entropy": gate_entropy(gate_0),
+    }
+    load_max = gate_0.detach().exp().mean((0, 1)).max() * gate_0.shape[-1]
+    return Matching(endpoint, terms, load_max)
+
+
+def _pick(routed: Tensor | None, drawn: Tensor) -> Tensor:
+    """The expert that a place among the routed ones stands for, [batch, scopes]."""
+    return drawn if routed is None else routed.gather(-1, drawn[..., None])[..., 0]
+
+
+def _guess(flow: FlowNetwork, x_0: Tensor, features_0: Tensor, expert_BS: Tensor, tokens: int) -> Tensor:
+    """Estimate of x_1 from the pass at (x_0, 0), without gradient, [batch, length, d_model]."""
+    with torch.no_grad():
+        output = flow.experts.one(features_0, spread(expert_BS, tokens, x_0.shape[1]))
+        return endpoint_of(flow.velocity(output, x_0, 0.0), x_0, 0.0)
+
+
 def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: int) -> LossOutput:
-    """Stages 2 and 3: likelihood of the velocity, and endpoint error and cross-entropy through the solver.
+    """Stages 2 and 3: likelihood of the path, and endpoint error and cross-entropy through the solver.
 
     Args:
         model: All of it is used; what is frozen simply gets no gradient.
@@ -124,73 +268,29 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
         config: Weights, likelihood and draw.
         num_steps: Euler steps of the solver in this batch.
     """
-    mask, length = batch.target_mask, batch.target_ids.shape[1]
-    tokens = scope_length(model.config, length)
+    mask = batch.target_mask
     weight = token_weights(batch.target_ids, mask, config.fill_weight)
-    total_weight = weight.sum().clamp_min(1)
-    grid = time_grid(num_steps, batch.keys.device)
-
-    # Draws, and the path from noise to data.
     x_1 = model.encode_target(batch.target_ids, mask)
     x_0 = model.config.init_noise * normal(batch.keys, Stream.SOURCE_NOISE, tuple(x_1.shape[1:])).to(x_1.dtype)
     t = beta_times(uniform(batch.keys, Stream.TIME, ()), config.time_alpha, config.time_beta)
-    path = straight_path(x_0, x_1, t)
     source = model.encode_source(batch.source_ids, batch.source_mask)
+    matching = match_flow(model.flow, x_0, x_1, t, source, mask, weight, batch.keys, config, num_steps)
 
-    # One pass at (x_0, 0) and (x_t, t) together; the former is also the solver's first step.
-    velocities, gate_logits = model(
-        torch.cat([x_0, path.x_t]), torch.cat([torch.zeros_like(t), t]), source.repeat(2), mask.repeat(2, 1)
-    )
-    velocities_0, velocities_t = velocities.chunk(2)
-    gate_0, gate_t = (gate_log_probs(logits, mask, tokens) for logits in gate_logits.chunk(2))
+    terms = dict(matching.terms)
+    terms["loss_ce"] = weighted_cross_entropy(model.decoder(matching.endpoint), batch.target_ids, weight)
+    if model.length is not None:
+        terms["loss_length"] = F.cross_entropy(model.length(source.mean).float(), mask.sum(-1) - 1)
+    if config.weight_l2 or config.weight_mmd:
+        terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens)
+    weights = {f"loss_{name}": getattr(config, f"weight_{name}") for name in LOSS_NAMES}
+    weights["gate_entropy"] = -config.weight_entropy
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    parts = {name: value.detach() for name, value in terms.items()}
+    return LossOutput(total, {**parts, "expert_load_max": matching.load_max})
 
-    # Which expert explains the velocity: log pi_k + log N(u | v_k).
-    log_likelihood_t = velocity_log_likelihood(velocities_t, path.u_t, weight, config.sigma, tokens)
-    if config.likelihood == "joint":
-        log_likelihood_0 = velocity_log_likelihood(velocities_0, path.u_t, weight, config.sigma, tokens)
-        gate, log_joint = gate_0, gate_0 + log_likelihood_0 + log_likelihood_t
-    else:
-        gate, log_joint = gate_t, gate_t + log_likelihood_t
-    # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
-    loss_flow = -log_joint.logsumexp(-1).sum() / (total_weight * x_1.shape[-1])
 
-    responsibility = log_joint.detach().softmax(-1)
-    scope_is_real = sum_scopes(mask[..., None].to(gate.dtype), mask, tokens)[..., 0] > 0
-    loss_gate = -((responsibility * gate).sum(-1) * scope_is_real).sum() / scope_is_real.sum().clamp_min(1)
-
-    # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
-    log_draw = log_joint if config.expert_draw == "posterior" else gate_0
-    expert = spread(draw_expert(log_draw, uniform(batch.keys, Stream.EXPERT, log_draw.shape[1:2])), tokens, length)
-    steps = [model.flow.at(time.expand(len(t))) for time in grid[1:-1]]
-
-    def velocity(x: Tensor, i: int) -> Tensor:
-        if i == 0:
-            return gather_expert(velocities_0, expert)
-        return model.flow.experts.one(model.flow.trunk(x, steps[i - 1], source, mask), expert)
-
-    endpoint = euler(velocity, x_0, grid)
-    loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / total_weight
-    loss_ce = weighted_cross_entropy(model.decoder(endpoint), batch.target_ids, weight)
-
-    loss_balance, entropy = balance_loss(gate_0), gate_entropy(gate_0)
-    total = (
-        config.weight_flow * loss_flow
-        + config.weight_end * loss_end
-        + config.weight_ce * loss_ce
-        + config.weight_gate * loss_gate
-        + config.weight_balance * loss_balance
-        - config.weight_entropy * entropy
-    )
-    parts = {
-        "loss_flow": loss_flow,
-        "loss_end": loss_end,
-        "loss_ce": loss_ce,
-        "loss_gate": loss_gate,
-        "loss_balance": loss_balance,
-        "gate_entropy": entropy,
-        "expert_load_max": gate_0.exp().mean((0, 1)).max() * gate_0.shape[-1],
-    }
-    return LossOutput(total, {name: value.detach() for name, value in parts.items()})
+LOSS_NAMES = ("flow", "end", "ce", "gate", "balance", "length", "l2", "mmd")
+"""Terms of the flow's objective; `flow_loss.weight_*` weighs each."""
 
 
 class Objective(nn.Module):

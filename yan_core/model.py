@@ -16,6 +16,7 @@ from yan_core.blocks import FlowBlock, KeyValues, TimeEmbedding
 from yan_core.config import ModelConfig
 from yan_core.latents import TokenDecoder, TokenEncoder
 from yan_core.moe import ExpertHeads, Gate
+from yan_core.path import velocity_to
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class Source:
         """The same sources several times over along the batch."""
         return Source(tuple(kv and kv.repeat(times) for kv in self.keys_values), self.mean.repeat(times, 1))
 
+    def dropped(self) -> Source:
+        """No source at all, in the same shape: what a row with an empty source mask gives."""
+        return Source(tuple(kv and kv.hidden() for kv in self.keys_values), torch.zeros_like(self.mean))
+
+    def beside(self, other: Source) -> Source:
+        """These rows and then those of `other`."""
+        pairs = zip(self.keys_values, other.keys_values, strict=True)
+        return Source(tuple(a and b and a.beside(b) for a, b in pairs), torch.cat([self.mean, other.mean]))
+
 
 @dataclass(frozen=True)
 class TimeStep:
@@ -42,28 +52,34 @@ class TimeStep:
     embedding: Tensor
     modulations: tuple[tuple[Tensor, ...], ...]
 
+    def beside(self, other: TimeStep) -> TimeStep:
+        """These rows and then those of `other`."""
+        pairs = zip(self.modulations, other.modulations, strict=True)
+        modulations = tuple(tuple(torch.cat(two) for two in zip(a, b, strict=True)) for a, b in pairs)
+        return TimeStep(torch.cat([self.embedding, other.embedding]), modulations)
+
 
 class FlowNetwork(nn.Module):
     """The trunk on x_t, the expert heads and the gate."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.positions = nn.Embedding(config.max_positions, config.d_model)
         # Not small: at t = 0 a token is told from its neighbours by its position alone, under noise of unit scale.
         nn.init.normal_(self.positions.weight, std=0.5)
+        self.latent_in = nn.Linear(config.latent_dim, config.d_model) if config.latent_dim else nn.Identity()
+        self.guess_in = nn.Linear(config.latent_width, config.d_model, bias=False) if config.self_conditioning else None
+        if self.guess_in is not None:
+            nn.init.zeros_(self.guess_in.weight)
         self.time = TimeEmbedding(config.d_model)
         self.blocks = nn.ModuleList(
-            FlowBlock(
-                config.d_model,
-                config.num_heads,
-                config.ffn_multiple,
-                config.dropout,
-                cross_attention=i % config.cross_attention_every == 0,
-            )
-            for i in range(config.flow_blocks)
+            FlowBlock(config, cross_attention=i % config.cross_attention_every == 0) for i in range(config.flow_blocks)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.experts = ExpertHeads(config.num_experts, config.d_model, config.ffn_multiple)
+        self.experts = ExpertHeads(
+            config.num_experts, config.d_model, config.ffn_multiple * config.d_model, config.latent_width
+        )
         self.gate = Gate(config)
 
     @property
@@ -85,12 +101,50 @@ class FlowNetwork(nn.Module):
         embedding = self.time(t)
         return TimeStep(embedding, tuple(block.modulations(embedding) for block in self._blocks))
 
-    def trunk(self, x_t: Tensor, step: TimeStep, source: Source, mask: Tensor | None) -> Tensor:
-        """Features [batch, length, d_model] at (x_t, t). One call is one function evaluation (NFE)."""
-        x = x_t + self.positions.weight[: x_t.shape[1]]
+    def trunk(
+        self, x_t: Tensor, step: TimeStep, source: Source, mask: Tensor | None, guess: Tensor | None = None
+    ) -> Tensor:
+        """Features at (x_t, t). One call is one function evaluation (NFE).
+
+        Args:
+            x_t: Points, [batch, length, latent_dim].
+            step: From `at`.
+            source: From `source`.
+            mask: True for real target tokens, [batch, length]; None: all are.
+            guess: Estimate of x_1 from an earlier pass, shaped like x_t, for self-conditioning (Chen et al. 2022,
+                arXiv:2208.04202); None: there is none yet.
+
+        Returns:
+            [batch, length, d_model].
+        """
+        x = self.latent_in(x_t) + self.positions.weight[: x_t.shape[1]]
+        if guess is not None and self.guess_in is not None:
+            x = x + self.guess_in(guess)
         for block, modulations, projected in zip(self.blocks, step.modulations, source.keys_values, strict=True):
             x = block(x, modulations, projected, mask)
         return self.norm(x)
+
+    def velocity(self, outputs: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """Velocity that an expert's output means at (x_t, t): the output itself, or towards it where it is an endpoint.
+
+        Args:
+            outputs: Of an expert, [batch, length, latent_dim].
+            x_t: Where it was asked, same shape.
+            t: Time below 1, [batch] or one number.
+        """
+        return outputs if self.config.prediction == "velocity" else velocity_to(outputs, x_t, t)
+
+
+class LengthHead(nn.Module):
+    """Mean source latent -> logits of the target's length, for models that write no filling (model.length)."""
+
+    def __init__(self, d_model: int, max_length: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, max_length))
+
+    def forward(self, source_mean: Tensor) -> Tensor:
+        """[batch, d_model] -> [batch, max_length]; entry i is length i + 1."""
+        return self.mlp(source_mean)
 
 
 class YanModel(nn.Module):
@@ -105,13 +159,14 @@ class YanModel(nn.Module):
         """
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.target_encoder = TokenEncoder(vocab_size, config, config.target_encoder)
+        self.target_encoder = TokenEncoder(vocab_size, config, config.target_encoder, config.latent_dim)
         self.source_encoder = None if config.share_encoder else TokenEncoder(vocab_size, config, config.source_encoder)
         self.flow = FlowNetwork(config)
         self.decoder = TokenDecoder(vocab_size, config)
+        self.length = None if config.length == "fill" else LengthHead(config.d_model, config.max_positions)
 
     def encode_target(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """x_1 of target ids [batch, length] with padding mask [batch, length]: [batch, length, d_model]."""
+        """x_1 of target ids [batch, length] with padding mask [batch, length]: [batch, length, latent_dim]."""
         return self.target_encoder(ids, mask)
 
     def encode_source(self, ids: Tensor, mask: Tensor) -> Source:
@@ -119,21 +174,27 @@ class YanModel(nn.Module):
         encoder = self.target_encoder if self.source_encoder is None else self.source_encoder
         return self.flow.source(encoder(ids, mask), mask)
 
-    def forward(self, x_t: Tensor, t: Tensor, source: Source, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_t: Tensor, t: Tensor, source: Source, mask: Tensor | None = None, guess: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Velocities of every expert, and the gate.
 
         Args:
-            x_t: Points on the path, [batch, length, d_model].
-            t: Times in [0, 1], [batch].
+            x_t: Points on the path, [batch, length, latent_dim].
+            t: Times in [0, 1], below 1 with model.prediction=endpoint, [batch].
             source: From `encode_source`.
             mask: True for real target tokens, [batch, length]; None: all are.
+            guess: Estimate of x_1 for self-conditioning, shaped like x_t; None: there is none yet.
 
         Returns:
-            Velocities [batch, length, num_experts, d_model] and gate logits [batch, length, num_experts].
+            Velocities [batch, length, num_experts, latent_dim] and gate logits [batch, length, num_experts].
         """
         step = self.flow.at(t)
-        features = self.flow.trunk(x_t, step, source, mask)
-        return self.flow.experts(features), self.flow.gate(features, source.mean, step.embedding)
+        features = self.flow.trunk(x_t, step, source, mask, guess)
+        outputs = self.flow.experts(features)
+        if self.config.prediction == "endpoint":
+            outputs = (outputs - x_t[:, :, None]) / (1 - t)[:, None, None, None]
+        return outputs, self.flow.gate(features, source.mean, step.embedding)
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Parameters; without `embeddings`, token embeddings, positions and the vocabulary head are left out."""

@@ -19,15 +19,15 @@ from yan_core.config import ModelConfig
 
 
 class ExpertHeads(nn.Module):
-    """K feed-forward heads D -> F -> D, each a velocity field on the trunk's features."""
+    """K feed-forward heads D -> F -> D, each a velocity field (or an endpoint) on the trunk's features."""
 
-    def __init__(self, num_experts: int, d_model: int, ffn_multiple: int) -> None:
+    def __init__(self, num_experts: int, d_model: int, hidden: int, d_out: int | None = None) -> None:
         super().__init__()
-        hidden = ffn_multiple * d_model
+        d_out = d_out or d_model
         self.w_in_KDF = nn.Parameter(torch.empty(num_experts, d_model, hidden))
         self.b_in_KF = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.w_out_KFD = nn.Parameter(torch.empty(num_experts, hidden, d_model))
-        self.b_out_KD = nn.Parameter(torch.zeros(num_experts, d_model))
+        self.w_out_KFD = nn.Parameter(torch.empty(num_experts, hidden, d_out))
+        self.b_out_KD = nn.Parameter(torch.zeros(num_experts, d_out))
         for weight, fan_in in ((self.w_in_KDF, d_model), (self.w_out_KFD, hidden)):
             nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
@@ -37,14 +37,25 @@ class ExpertHeads(nn.Module):
         return self.w_in_KDF.shape[0]
 
     def forward(self, features_BLD: Tensor) -> Tensor:
-        """Velocities of all experts, [batch, length, num_experts, d_model]."""
+        """Outputs of all experts, [batch, length, num_experts, d_model]."""
         x_ND = features_BLD.flatten(0, 1)
         h_KNF = F.gelu(torch.baddbmm(self.b_in_KF[:, None], x_ND.expand(self.num_experts, -1, -1), self.w_in_KDF))
         v_KND = torch.baddbmm(self.b_out_KD[:, None], h_KNF, self.w_out_KFD)
         return v_KND.transpose(0, 1).unflatten(0, features_BLD.shape[:2])
 
+    def chosen(self, features_BLD: Tensor, experts_BLC: Tensor) -> Tensor:
+        """Outputs of each token's chosen experts alone, [batch, length, chosen, d_model]; equal to `forward` gathered.
+
+        Args:
+            features_BLD: Trunk features, [batch, length, d_model].
+            experts_BLC: Experts of each token, int64, [batch, length, chosen].
+        """
+        chosen = experts_BLC.shape[2]
+        out = self.one(features_BLD.repeat_interleave(chosen, dim=1), experts_BLC.flatten(1))
+        return out.unflatten(1, (-1, chosen))
+
     def one(self, features_BLD: Tensor, expert_BL: Tensor) -> Tensor:
-        """Velocity of each token's own expert alone, [batch, length, d_model]; equal to `forward` gathered.
+        """Output of each token's own expert alone, [batch, length, d_model]; equal to `forward` gathered.
 
         Args:
             features_BLD: Trunk features, [batch, length, d_model].
@@ -52,16 +63,29 @@ class ExpertHeads(nn.Module):
         """
         x_ND, expert_N = features_BLD.flatten(0, 1), expert_BL.flatten()
         if self.num_experts == 1:
-            return self._head(x_ND, 0).view_as(features_BLD)
+            return self._head(x_ND, 0).unflatten(0, features_BLD.shape[:2])
         order = expert_N.argsort(stable=True)
-        counts = torch.bincount(expert_N, minlength=self.num_experts).tolist()
-        parts = x_ND[order].split(counts)
-        done_ND = torch.cat([self._head(part, k) for k, part in enumerate(parts) if len(part)])
-        out_ND = torch.empty_like(done_ND).index_copy(0, order, done_ND)
-        return out_ND.view_as(features_BLD)
+        x_ND, sorted_N = x_ND[order], expert_N[order]
+        if x_ND.is_cuda:
+            # No count comes back to the host, so that a CUDA graph can hold this.
+            ks = torch.arange(self.num_experts, device=x_ND.device)
+            ends_K = torch.searchsorted(sorted_N, ks, right=True).to(torch.int32)
+            done_ND = self._grouped(x_ND, sorted_N, ends_K)
+        else:
+            counts = torch.bincount(expert_N, minlength=self.num_experts).tolist()
+            done_ND = torch.cat([self._head(part, k) for k, part in enumerate(x_ND.split(counts)) if len(part)])
+        return torch.empty_like(done_ND).index_copy(0, order, done_ND).unflatten(0, features_BLD.shape[:2])
 
     def _head(self, x_ND: Tensor, k: int) -> Tensor:
-        return F.gelu(x_ND @ self.w_in_KDF[k] + self.b_in_KF[k]) @ self.w_out_KFD[k] + self.b_out_KD[k]
+        h_NF = F.gelu(torch.addmm(self.b_in_KF[k], x_ND, self.w_in_KDF[k]))
+        return torch.addmm(self.b_out_KD[k], h_NF, self.w_out_KFD[k])
+
+    def _grouped(self, x_ND: Tensor, expert_N: Tensor, ends_K: Tensor) -> Tensor:
+        """Heads of tokens sorted by expert in two grouped matrix products; ends_K: each expert's last token, plus 1."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
+        h_NF = F.grouped_mm(x_ND.to(dtype), self.w_in_KDF.to(dtype), offs=ends_K) + self.b_in_KF[expert_N].to(dtype)
+        out_ND = F.grouped_mm(F.gelu(h_NF), self.w_out_KFD.to(dtype), offs=ends_K)
+        return out_ND + self.b_out_KD[expert_N].to(dtype)
 
 
 class Gate(nn.Module):
@@ -108,6 +132,23 @@ def velocity_log_likelihood(v_BLKD: Tensor, u_BLD: Tensor, weight_BL: Tensor, si
     return sum_scopes(squared_BLK, weight_BL, tokens) * (-0.5 / sigma**2)
 
 
+def choose_experts(log_probs_BSK: Tensor, uniforms_BSK: Tensor, top_k: int) -> Tensor:
+    """Draw `top_k` different experts a scope, each next one by its weight among those left.
+
+    Args:
+        log_probs_BSK: Log mixture weights, [batch, scopes, num_experts].
+        uniforms_BSK: Uniform numbers in (0, 1), [batch, scopes, num_experts].
+        top_k: How many, in [1, num_experts].
+
+    Returns:
+        int64, [batch, scopes, top_k].
+
+    Source: Kool et al. 2019, arXiv:1903.06059 (Gumbel top-k).
+    """
+    gumbel = -(-uniforms_BSK.log()).log()
+    return (log_probs_BSK.detach() + gumbel).topk(top_k, dim=-1).indices
+
+
 def draw_expert(log_probs_BSK: Tensor, uniforms_BS: Tensor) -> Tensor:
     """Draw an expert a scope by the inverse of its distribution function.
 
@@ -124,12 +165,12 @@ def draw_expert(log_probs_BSK: Tensor, uniforms_BS: Tensor) -> Tensor:
 
 
 def spread(expert_BS: Tensor, tokens: int, length: int) -> Tensor:
-    """Each scope's expert given to its tokens: [batch, scopes] -> [batch, length]."""
+    """Each scope's expert (or experts) given to its tokens: [batch, scopes, ...] -> [batch, length, ...]."""
     return expert_BS.repeat_interleave(tokens, dim=1)[:, :length]
 
 
 def gather_expert(v_BLKD: Tensor, expert_BL: Tensor) -> Tensor:
-    """The velocity of each token's expert: [batch, length, d_model]."""
+    """The output of each token's expert: [batch, length, d_model]."""
     index = expert_BL[:, :, None, None].expand(-1, -1, 1, v_BLKD.shape[-1])
     return v_BLKD.gather(2, index).squeeze(2)
 

@@ -31,6 +31,9 @@ class Stream(IntEnum):
     MMD = 9
     CLEAN = 10
     SOLVER_STEPS = 11
+    ROUTING = 12
+    SOURCE_DROP = 13
+    GUESS = 14
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -39,6 +39,33 @@ def straight_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
     return PathSample(x_t=(1 - time) * x_0 + time * x_1, u_t=x_1 - x_0)
 
 
+def _rest(t: Tensor | float) -> Tensor | float:
+    """1 - t, for [batch, length, latent_dim]."""
+    return 1 - t[:, None, None] if isinstance(t, torch.Tensor) else 1 - t
+
+
+def endpoint_of(velocity: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+    """Where a straight path from x_t with this velocity ends, x_t + (1 - t) velocity.
+
+    Args:
+        velocity: [batch, length, latent_dim].
+        x_t: Same shape.
+        t: Times, [batch] or one number.
+    """
+    return x_t + _rest(t) * velocity
+
+
+def velocity_to(x_1: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
+    """Velocity of the straight path from x_t that ends in x_1, (x_1 - x_t) / (1 - t).
+
+    Args:
+        x_1: [batch, length, latent_dim].
+        x_t: Same shape.
+        t: Times below 1, [batch] or one number.
+    """
+    return (x_1 - x_t) / _rest(t)
+
+
 def _log_factor(edges: Tensor, power: float) -> Tensor:
     """Log of x**(power - 1) in each cell of a uniform grid: at its midpoint, or its mean where x = 0 is a pole."""
     if power >= 1:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from yan_core.config import Method, Ranking
 from yan_core.model import YanModel
 from yan_core.moe import scope_length
 from yan_core.noise import Stream, fold, normal, uniform
-from yan_core.solver import FrozenExpertField, euler, time_grid
+from yan_core.ranking import best_of, mean_confidence, minimum_bayes_risk
+from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
+from yan_core.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,19 +23,35 @@ class Sample:
     Attributes:
         ids: Token ids, end-of-text tokens and what follows them included, [batch, length].
         expert: Expert of each token, [batch, length].
-        nfe: Trunk passes a row.
+        nfe: Trunk passes a candidate; guidance doubles them.
+        candidates: Token ids of all candidates, [batch, num_candidates, length].
+        scores: What they were ranked by, the higher the better, [batch, num_candidates]; None: there was one.
     """
 
     ids: Tensor
     expert: Tensor
     nfe: int
+    candidates: Tensor
+    scores: Tensor | None
 
 
 @torch.no_grad()
 def sample(
-    model: YanModel, source_ids: Tensor, source_mask: Tensor, length: int, seeds: Tensor, num_steps: int = 3
+    model: YanModel,
+    source_ids: Tensor,
+    source_mask: Tensor,
+    length: int,
+    seeds: Tensor,
+    num_steps: int = 3,
+    *,
+    method: Method = "euler",
+    grid: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    num_candidates: int = 1,
+    ranking: Ranking = "bayes_risk",
+    lengths: Tensor | None = None,
 ) -> Sample:
-    """Draw one target for each source.
+    """Draw one target for each source, or the best of several.
 
     The noise and the expert of a row follow from its own seed alone, so a row's answer does not depend on its company.
 
@@ -42,20 +61,74 @@ def sample(
         source_mask: True for real tokens, [batch, source_length].
         length: Places to fill; the text ends at the first end-of-text token.
         seeds: int64, [batch].
-        num_steps: Euler steps = trunk passes.
+        num_steps: Solver steps; with Euler's method and no guidance as many trunk passes.
+        method: ODE solver; `midpoint` and `heun` take two trunk passes a step.
+        grid: Increasing times from 0 to 1 in the place of `num_steps` uniform steps, [steps + 1].
+        guidance_scale: Classifier-free guidance; 1 is none. Useful where training had flow_loss.source_drop_share.
+        num_candidates: Targets drawn for each source in one batch; the first is the one drawn alone.
+        ranking: How the best candidate is found.
+        lengths: Each row's own number of tokens, [batch], for a model with model.length=predicted; None: its length
+            head says, the n-th candidate taking the n-th likeliest length.
 
     Raises:
-        ValueError: If length or num_steps is out of range.
+        ValueError: If an argument is out of range, or does not fit the model.
     """
-    if not 1 <= length <= model.config.max_positions:
-        raise ValueError(f"length must be in [1, model.max_positions={model.config.max_positions}], got {length}")
-    device = source_ids.device
-    keys = fold(seeds.to(device), 0)
-    grid = time_grid(num_steps, device)
-    x_0 = model.config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, model.config.d_model))
-    scopes = -(-length // scope_length(model.config, length))
+    config = model.config
+    if not 1 <= length <= config.max_positions:
+        raise ValueError(f"length must be in [1, model.max_positions={config.max_positions}], got {length}")
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates must be >= 1, got {num_candidates}")
+    if lengths is not None and model.length is None:
+        raise ValueError("lengths are for a model trained with model.length=predicted; this one fills its places")
+    device, batch = source_ids.device, len(seeds)
+    # Rows of the batch from here on: all sources with candidate 0, then all with candidate 1, ...
+    keys = torch.cat([fold(seeds.to(device), candidate) for candidate in range(num_candidates)])
     source = model.encode_source(source_ids, source_mask)
-    field = FrozenExpertField(model, source, grid, uniform(keys, Stream.EXPERT, (scopes,)), mask=None)
-    x_1 = euler(field, x_0.to(model.flow.positions.weight.dtype), grid)
+    mask, length_log_probs = _target_mask(model, source.mean, length, lengths, num_candidates)
+    source = source.repeat(num_candidates)
+
+    grid = time_grid(num_steps) if grid is None else grid
+    x_0 = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.latent_width))
+    scopes = -(-length // scope_length(config, length))
+    uniforms = uniform(keys, Stream.EXPERT, (scopes,))
+    times = evaluation_times(grid, method)
+    field = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=guidance_scale)
+    x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, method)
     assert field.expert is not None
-    return Sample(ids=model.decoder.argmax(x_1), expert=field.expert, nfe=field.nfe)
+
+    ids, log_probs = model.decoder.read(x_1, with_log_probs=num_candidates > 1 and ranking == "confidence")
+    if mask is not None:
+        ids = ids.masked_fill(~mask, Tokenizer.eos_id)
+    if num_candidates == 1:
+        return Sample(ids, field.expert, field.nfe, ids[:, None], None)
+    candidates = ids.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+    experts = field.expert.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+    if log_probs is None:
+        scores = minimum_bayes_risk(candidates)
+    else:
+        scores = mean_confidence(candidates, log_probs.unflatten(0, (num_candidates, batch)).transpose(0, 1))
+        if length_log_probs is not None:
+            scores = scores + length_log_probs
+    return Sample(best_of(candidates, scores), best_of(experts, scores), field.nfe, candidates, scores)
+
+
+def _target_mask(
+    model: YanModel, source_mean: Tensor, length: int, lengths: Tensor | None, num_candidates: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Real places of each candidate, [num_candidates * batch, length], and its length's log-probability where the
+    model chose it, [batch, num_candidates]; None and None for a model that fills its places.
+    """
+    if model.length is None:
+        return None, None
+    if lengths is None:
+        log_probs, order = (
+            model.length(source_mean)[:, :length].float().log_softmax(-1).topk(min(num_candidates, length))
+        )
+        # More candidates than lengths: the likeliest ones are taken again.
+        again = torch.arange(num_candidates, device=order.device) % order.shape[1]
+        log_probs, chosen = log_probs[:, again], order[:, again] + 1
+    else:
+        if not bool(((lengths >= 1) & (lengths <= length)).all()):
+            raise ValueError(f"lengths must be in [1, length={length}], got {lengths.tolist()}")
+        log_probs, chosen = None, lengths.to(source_mean.device)[:, None].expand(-1, num_candidates)
+    return torch.arange(length, device=chosen.device) < chosen.T.reshape(-1, 1), log_probs

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from yan_core.batching import Batch
 from yan_core.config import OptimConfig, Part
+from yan_core.mamba import MambaScan
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, uniform
 
@@ -26,11 +27,12 @@ class NonFiniteLoss(TrainingFailed):
 def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
     """The modules that each trainable part of the model consists of."""
     source: list[nn.Module] = [model.source_encoder] if model.source_encoder is not None else []
+    flow: list[nn.Module] = [model.flow] if model.length is None else [model.flow, model.length]
     return {
         "target_encoder": [model.target_encoder],
         "decoder": [model.decoder],
         "source_encoder": source,
-        "flow": [model.flow],
+        "flow": flow,
     }
 
 
@@ -51,13 +53,14 @@ def set_training_mode(model: YanModel, trains: tuple[Part, ...]) -> None:
 
 
 def build_optimizer(model: YanModel, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what learns; weight decay on matrices only, never on embeddings, norms and biases."""
+    """AdamW over what learns; weight decay on matrices only, never on embeddings, norms, biases and Mamba's rates."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    rates = {id(m.A_log) for m in model.modules() if isinstance(m, MambaScan)}
     expert_biases = {id(model.flow.experts.b_in_KF), id(model.flow.experts.b_out_KD)}
     decayed, plain = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and id(parameter) not in tables | expert_biases
+            matrix = parameter.ndim >= 2 and id(parameter) not in tables | rates | expert_biases
             (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     # One fused kernel instead of a dozen small operations a parameter: they were 6 % of a small model's step on a CPU.

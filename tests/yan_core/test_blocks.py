@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.yan_core.tiny import tiny_config
 from yan_core.blocks import (
     Attention,
     EncoderBlock,
@@ -140,7 +141,7 @@ def test_a_matching_start_lets_each_token_attend_to_its_like(gain: float, sees_i
 @pytest.mark.parametrize("grad", [True, False], ids=["plain", "fused"])
 def test_padding_gives_nothing_to_real_tokens(conv_kernel: int, rotary: bool, grad: bool) -> None:
     torch.manual_seed(0)
-    block = EncoderBlock(16, 2, 2, 0.0, conv_kernel, rotary)
+    block = EncoderBlock(tiny_config(), conv_kernel, rotary)
     x = randn(4, 7, 16)
     with torch.set_grad_enabled(grad):
         out = block(x, MASK)
@@ -183,7 +184,7 @@ def test_modulation_scales_and_shifts_each_row() -> None:
 @pytest.mark.parametrize("cross_attention", [True, False])
 def test_flow_block_uses_time_source_and_padding(cross_attention: bool) -> None:
     torch.manual_seed(0)
-    block = FlowBlock(16, 2, 2, 0.0, cross_attention).eval()
+    block = FlowBlock(tiny_config(), cross_attention).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, time, latents = randn(4, 7, 16), randn(4, 16, seed=1), randn(4, 7, 16, seed=2)
@@ -202,7 +203,7 @@ def test_flow_block_uses_time_source_and_padding(cross_attention: bool) -> None:
 
 def test_each_sublayer_of_a_flow_block_has_its_own_modulation() -> None:
     torch.manual_seed(0)
-    block = FlowBlock(16, 2, 2, 0.0, cross_attention=True).eval()
+    block = FlowBlock(tiny_config(), cross_attention=True).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, source = randn(1, 7, 16), block.cross_attention.project(randn(1, 4, 16, seed=3), None)
@@ -215,7 +216,7 @@ def test_each_sublayer_of_a_flow_block_has_its_own_modulation() -> None:
 
 def test_dropout_is_off_in_evaluation() -> None:
     torch.manual_seed(0)
-    block = EncoderBlock(16, 2, 2, 0.5, 0, True)
+    block = EncoderBlock(tiny_config(dropout=0.5), 0, True)
     x = randn(4, 7, 16)
     assert not torch.equal(block.train()(x, MASK)[MASK], block(x, MASK)[MASK])
     assert torch.equal(block.eval()(x, MASK)[MASK], block(x, MASK)[MASK])

@@ -117,3 +117,38 @@ def test_no_source_and_an_empty_source_and_unknown_words() -> None:
     empty, unknown, alone = GENERATOR.generate(["", "xyzzy plugh", "Mary"], seeds=1)
     assert empty.source_tokens == 0 and unknown.source_tokens == 2
     assert [empty.tokens] == answers([""], seeds=1) and [alone.tokens] == answers(["Mary"], seeds=1)
+
+
+def request(i: int) -> tuple[str, int]:
+    """The i-th of many different requests: 1 to 6 words, a seed of its own."""
+    words = TEXT.replace("?", "").replace(".", "").split()
+    return " ".join(words[(i * k) % len(words)] for k in range(1, 2 + i % 6)), i * 7919
+
+
+@pytest.mark.property
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_thousand_requests_give_the_same_tokens_alone_and_in_batches_of_64(deterministic: bool) -> None:
+    requests = [request(i) for i in range(1000)]
+    alone = [answers([source], seeds=seed, deterministic=deterministic)[0] for source, seed in requests]
+    differ = 0
+    for start in range(0, 1000, 64):
+        sources, seeds = zip(*requests[start : start + 64], strict=True)
+        together = answers(list(sources), seeds=list(seeds), deterministic=deterministic)
+        differ += sum(a != b for a, b in zip(alone[start : start + 64], together, strict=True))
+    assert len({tuple(tokens) for tokens in alone}) > 300  # or equality would say little
+    assert differ <= (0 if deterministic else 1)
+
+
+def test_candidates_guidance_and_solver_reach_the_sampler() -> None:
+    plain = GENERATOR.generate(SOURCES, seeds=3)
+    guided = GENERATOR.generate(SOURCES, seeds=3, guidance_scale=3.0)
+    assert [g.nfe for g in plain] == [3] * 4 and [g.nfe for g in guided] == [6] * 4
+    assert GENERATOR.generate(SOURCES, seeds=3, method="midpoint")[0].nfe == 6
+    assert [g.tokens for g in guided] != [g.tokens for g in plain]
+    best = GENERATOR.generate(SOURCES * 8, seeds=list(range(32)), num_candidates=8, ranking="confidence")
+    assert [g.tokens for g in best] != answers(SOURCES * 8, seeds=list(range(32)))
+
+
+def test_one_length_a_source() -> None:
+    with pytest.raises(ValueError, match="lengths must be one a source: got 1 for 4"):
+        GENERATOR.generate(SOURCES, lengths=[3])

@@ -80,7 +80,7 @@ def test_decoder_reads_each_token_by_itself() -> None:
 def test_argmax_equals_the_one_over_all_logits(tokens_at_once: int) -> None:
     model: YanModel = tiny_model()
     latents = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
-    ids = model.decoder.argmax(latents, tokens_at_once)
+    ids = model.decoder.read(latents, tokens_at_once=tokens_at_once)[0]
     assert torch.equal(ids, model.decoder(latents).argmax(-1))
     assert not ids.is_floating_point() and ids.shape == (2, 6)
 
@@ -89,5 +89,5 @@ def test_argmax_never_holds_more_logits_than_asked_for() -> None:
     model = tiny_model()
     rows: list[int] = []
     model.decoder.head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
-    model.decoder.argmax(torch.zeros(3, 7, 16), tokens_at_once=4)
+    model.decoder.read(torch.zeros(3, 7, 16), tokens_at_once=4)
     assert max(rows) <= 4 and sum(rows) == 21

@@ -30,7 +30,7 @@ STAGE_1 = AutoencoderLossConfig(latent_noise=0.5, clean_share=0.3, weight_l2=0.1
 
 def partly_masked(batch: Batch) -> Batch:
     """The batch with some target places that do not count."""
-    lengths = torch.tensor([LENGTH, 4, 6, 1])[: len(batch.keys), None]
+    lengths = torch.tensor([LENGTH, 4, 6, 1]).repeat(len(batch.keys) // 4)[:, None]
     return replace(batch, target_mask=torch.arange(LENGTH) < lengths)
 
 
@@ -76,6 +76,8 @@ def reference(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
 
             def log_n(v: torch.Tensor, b=b, part=part, real=real) -> torch.Tensor:
                 error = (v[b, part] - u[b, part, None])[real].square().sum((0, 2))
+                if model.config.prediction == "endpoint":  # of x_1, whose error is (1 - t) times the velocity's
+                    error = error * (1.0 if v is v_0 else (1 - t[b]) ** 2)
                 return -error / (2 * config.sigma**2)
 
             gates.append(log_pi(gate_0))
@@ -111,8 +113,13 @@ def reference(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("likelihood", ["joint", "marginal"])
 @pytest.mark.parametrize("expert_draw", ["posterior", "prior"])
-def test_every_part_equals_the_readable_reference(scope: str, likelihood: str, expert_draw: str) -> None:
-    model = tiny_model(expert_scope=scope, init_noise=0.8)
+@pytest.mark.parametrize(
+    "prediction, mixer", [("velocity", "attention"), ("endpoint", "attention"), ("velocity", "mamba")]
+)
+def test_every_part_equals_the_readable_reference(
+    scope: str, likelihood: str, expert_draw: str, prediction: str, mixer: str
+) -> None:
+    model = tiny_model(expert_scope=scope, init_noise=0.8, prediction=prediction, mixer=mixer)
     batch = partly_masked(tiny_batch())
     config = replace(LOSS, sigma=1.7, likelihood=likelihood, expert_draw=expert_draw, time_alpha=2.0)
     for num_steps in (1, 3):
@@ -121,6 +128,76 @@ def test_every_part_equals_the_readable_reference(scope: str, likelihood: str, e
         assert parts.keys() == expected.keys()
         for name, value in expected.items():
             assert float(parts[name]) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("likelihood", ["joint", "marginal"])
+def test_routing_to_all_experts_is_the_dense_mixture(scope: str, likelihood: str) -> None:
+    batch, config = partly_masked(tiny_batch()), replace(LOSS, likelihood=likelihood)
+    dense = flow_loss(tiny_model(expert_scope=scope), batch, config, 2).parts
+    routed = flow_loss(tiny_model(expert_scope=scope, top_k=3), batch, config, 2).parts
+    for name in ("loss_flow", "loss_gate", "loss_balance", "gate_entropy", "expert_load_max"):
+        torch.testing.assert_close(routed[name], dense[name])
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routing_leaves_the_other_experts_out(top_k: int) -> None:
+    """With one sequence of one scope: as a mixture of the routed experts alone, the gate renormalised over them."""
+    batch = row_of(tiny_batch(), 1)
+    config = replace(LOSS, sigma=30.0, expert_draw="prior")  # wide, so that no routed expert's share is nothing
+    model = tiny_model(expert_scope="sequence", top_k=top_k)
+    flow_loss(model, batch, config, 2).total.backward()
+    grad = model.flow.experts.w_in_KDF.grad
+    assert grad is not None
+    routed = [k for k in range(3) if grad[k].any()]
+    assert len(routed) == top_k
+    smaller = tiny_model(expert_scope="sequence", num_experts=top_k)
+    state = {
+        n: (v[routed] if n.startswith(("flow.experts", "flow.gate.mlp.2")) else v)
+        for n, v in model.state_dict().items()
+    }
+    smaller.load_state_dict(state)
+    few, dense = (flow_loss(m, batch, config, 1).parts for m in (model, smaller))
+    for name in ("loss_flow", "loss_gate"):
+        torch.testing.assert_close(few[name], dense[name])
+
+
+def test_experts_are_routed_anew_for_other_keys() -> None:
+    batch, model = tiny_batch(32), tiny_model(expert_scope="sequence", top_k=1)
+    flow_loss(model, batch, LOSS, 1).total.backward()
+    grad = model.flow.experts.w_in_KDF.grad
+    assert grad is not None and all(grad[k].any() for k in range(3))
+
+
+def test_self_conditioning_starts_as_if_there_were_none_and_then_uses_the_guess() -> None:
+    batch = partly_masked(tiny_batch())
+    plain, conditioned = tiny_model(), tiny_model(self_conditioning=True)
+    conditioned.load_state_dict({**plain.state_dict(), "flow.guess_in.weight": torch.zeros(16, 16)})
+    before, same = (flow_loss(m, batch, LOSS, 3).parts for m in (plain, conditioned))
+    torch.testing.assert_close(same, before)
+    torch.nn.init.normal_(conditioned.flow.guess_in.weight)  # type: ignore[union-attr]
+    after = flow_loss(conditioned, batch, LOSS, 3).parts
+    assert not torch.allclose(after["loss_end"], before["loss_end"])
+    assert not torch.allclose(after["loss_flow"], before["loss_flow"])
+    assert torch.allclose(after["loss_balance"], before["loss_balance"])  # the gate at t = 0 has no guess to read
+
+
+def test_a_length_head_learns_the_number_of_real_tokens() -> None:
+    model, batch = tiny_model(length="predicted"), partly_masked(tiny_batch())
+    source = model.encode_source(batch.source_ids, batch.source_mask)
+    expected = F.cross_entropy(model.length(source.mean), torch.tensor([LENGTH, 4, 6, 1]) - 1)  # type: ignore[misc]
+    torch.testing.assert_close(flow_loss(model, batch, LOSS, 1).parts["loss_length"], expected.detach())
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_bfloat16_gives_nearly_the_same_loss_and_finite_gradients(mixer: str) -> None:
+    model, batch = tiny_model(mixer=mixer), partly_masked(tiny_batch(16))
+    exact = flow_loss(model, batch, LOSS, 3).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = flow_loss(model, batch, LOSS, 3).total
+    total.backward()
+    assert total.item() == pytest.approx(exact.item(), rel=0.05)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("sigma", [0.7, 1.0])
@@ -159,8 +236,9 @@ def test_a_large_sigma_is_plain_flow_matching_averaged_over_the_gate(scope: str)
 
 def test_total_is_the_weighted_sum_of_the_parts() -> None:
     weights = {"flow": 0.3, "end": 0.7, "ce": 1.1, "gate": 0.9, "balance": 2.0, "entropy": 0.5}
+    weights |= {"length": 0.4, "l2": 0.6, "mmd": 0.2}
     config = replace(LOSS, **{f"weight_{name}": weight for name, weight in weights.items()})
-    output = flow_loss(tiny_model(), tiny_batch(), config, 2)
+    output = flow_loss(tiny_model(length="predicted"), partly_masked(tiny_batch()), config, 2)
     p = {name: float(value) for name, value in output.parts.items()}
     assert not any(value.requires_grad for value in output.parts.values()) and output.total.requires_grad
     entropy = weights.pop("entropy") * p["gate_entropy"]

@@ -31,7 +31,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def heads(num_experts: int = K) -> ExpertHeads:
-    made = ExpertHeads(num_experts, W, 2)
+    made = ExpertHeads(num_experts, W, 2 * W)
     for i, parameter in enumerate(made.parameters()):
         parameter.data = 0.5 * randn(*parameter.shape, seed=i)
     return made

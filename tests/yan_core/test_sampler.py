@@ -1,6 +1,7 @@
 """Sampler: equal to a naive one that saves nothing, and the same for a request in any company."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from yan_core.batching import pad_rows
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.sampler import sample
+from yan_core.tokenization import Tokenizer
 
 LENGTHS = [7, 1, 12, 4, 9, 2]
 SEEDS = torch.tensor([0, 1, 2, 3, 2**40, 5])
@@ -17,8 +19,16 @@ SOURCES = pad_rows(random_rows(LENGTHS), 0)
 
 
 @torch.no_grad()
-def naive(model: YanModel, ids: list[int], length: int, seed: int, num_steps: int) -> tuple[list[int], list[int]]:
-    """One request: a gate pass of its own, every head at every step, nothing kept between steps, all logits."""
+def naive(
+    model: YanModel,
+    ids: list[int],
+    length: int,
+    seed: int,
+    num_steps: int,
+    method: str = "euler",
+    guidance_scale: float = 1.0,
+) -> tuple[list[int], list[int]]:
+    """One request: a gate pass of its own, every head at every evaluation, nothing kept between them, all logits."""
     config = model.config
     row = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
     key = fold(torch.tensor([seed]), 0)
@@ -33,24 +43,75 @@ def naive(model: YanModel, ids: list[int], length: int, seed: int, num_steps: in
         chosen = next((k for k in range(config.num_experts) if u <= float(weights[: k + 1].sum())), -1)
         expert += [chosen] * (min(start + width, length) - start)
 
+    guess = None
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        nonlocal guess
+        found = []
+        for seen in (row[1], row[1] & False):
+            velocities, _ = model(x, torch.full((1,), t), model.encode_source(row[0], seen), guess=guess)
+            found.append(torch.stack([velocities[0, j, expert[j]] for j in range(length)])[None])
+        v = found[1] + guidance_scale * (found[0] - found[1])
+        guess = x + (1 - t) * v
+        return v
+
+    h = 1 / num_steps
     for i in range(num_steps):
-        velocities, _ = model(x, torch.full((1,), i / num_steps), model.encode_source(*row))
-        x = x + torch.stack([velocities[0, j, expert[j]] for j in range(length)])[None] / num_steps
+        t = i * h
+        if method == "euler":
+            x = x + h * velocity(x, t)
+        elif method == "midpoint":
+            x = x + h * velocity(x + h / 2 * velocity(x, t), t + h / 2)
+        else:
+            first = velocity(x, t)
+            x = x + h / 2 * (first + velocity(x + h * first, t + h))
     return model.decoder(x)[0].argmax(-1).tolist(), expert
 
 
+def assert_equals_naive(model: YanModel, length: int, num_steps: int, **how: Any) -> None:
+    drawn = sample(model, *SOURCES, length, SEEDS, num_steps, **how)
+    for i, n in enumerate(LENGTHS):
+        ids, expert = naive(model, SOURCES[0][i, :n].tolist(), length, int(SEEDS[i]), num_steps, **how)
+        assert drawn.ids[i].tolist() == ids
+        assert drawn.expert[i].tolist() == expert
+
+
 @pytest.mark.property
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
 @pytest.mark.parametrize("scope", ["token", "segment", "sequence"])
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_the_naive_sampler(scope: str, num_steps: int, seed: int) -> None:
-    model = tiny_model(seed, expert_scope=scope, cross_attention_every=1 + seed % 2, init_noise=0.5 + seed / 2)
-    length = 10 - seed
-    drawn = sample(model, *SOURCES, length, SEEDS, num_steps)
-    for i, n in enumerate(LENGTHS):
-        ids, expert = naive(model, SOURCES[0][i, :n].tolist(), length, int(SEEDS[i]), num_steps)
-        assert drawn.ids[i].tolist() == ids
-        assert drawn.expert[i].tolist() == expert
+def test_equals_the_naive_sampler(mixer: str, scope: str, num_steps: int, seed: int) -> None:
+    changes = {"cross_attention_every": 1 + seed % 2, "init_noise": 0.5 + seed / 2}
+    assert_equals_naive(tiny_model(seed, mixer=mixer, expert_scope=scope, **changes), 10 - seed, num_steps)
+
+
+@pytest.mark.property
+@pytest.mark.parametrize("prediction", ["velocity", "endpoint"])
+@pytest.mark.parametrize("self_conditioning", [False, True])
+@pytest.mark.parametrize("how", [{}, {"guidance_scale": 2.5}, {"method": "midpoint"}], ids=str)
+def test_equals_the_naive_sampler_in_every_mode(prediction: str, self_conditioning: bool, how: dict[str, Any]) -> None:
+    model = tiny_model(prediction=prediction, self_conditioning=self_conditioning, expert_scope="segment")
+    assert_equals_naive(model, 9, 3, **how)
+
+
+def test_equals_the_naive_sampler_by_heun() -> None:
+    assert_equals_naive(tiny_model(), 9, 2, method="heun", guidance_scale=0.5)
+
+
+def test_an_endpoint_has_no_velocity_at_the_end() -> None:
+    with pytest.raises(ValueError, match="no velocity at t = 1.*euler or midpoint"):
+        sample(tiny_model(prediction="endpoint"), *SOURCES, 9, SEEDS, method="heun")
+
+
+def test_one_euler_step_of_an_endpoint_is_the_endpoint() -> None:
+    """x_0 + (x_1 - x_0) / (1 - 0): what the expert says, whatever the noise's scale."""
+    model = tiny_model(prediction="endpoint", num_experts=1)
+    source = model.encode_source(*SOURCES)
+    x_0 = model.config.init_noise * normal(fold(SEEDS, 0), Stream.SOURCE_NOISE, (9, 16))
+    features = model.flow.trunk(x_0, model.flow.at(torch.zeros(6)), source, None)
+    expected = model.decoder(model.flow.experts(features)[:, :, 0]).argmax(-1)
+    assert torch.equal(sample(model, *SOURCES, 9, SEEDS, 1).ids, expected)
 
 
 def test_tiny_models_answers_are_varied() -> None:
@@ -132,3 +193,76 @@ def test_the_longest_length_is_allowed_and_no_longer_one() -> None:
             sample(model, *SOURCES, length, SEEDS)
     with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):
         sample(model, *SOURCES, 10, SEEDS, num_steps=0)
+
+
+def test_the_first_candidate_is_the_one_drawn_alone_and_the_others_differ() -> None:
+    model = tiny_model()
+    alone = sample(model, *SOURCES, 10, SEEDS)
+    several = sample(model, *SOURCES, 10, SEEDS, num_candidates=4)
+    assert alone.scores is None and torch.equal(alone.candidates[:, 0], alone.ids)
+    assert several.candidates.shape == (6, 4, 10) and several.nfe == alone.nfe
+    assert torch.equal(several.candidates[:, 0], alone.ids)
+    assert all(len({tuple(c) for c in row.tolist()}) > 1 for row in several.candidates)
+
+
+@pytest.mark.parametrize("ranking", ["bayes_risk", "confidence"])
+def test_the_best_candidate_is_given_with_its_experts(ranking: Any) -> None:
+    model = tiny_model(expert_scope="token")
+    drawn = sample(model, *SOURCES, 10, SEEDS, num_candidates=5, ranking=ranking)
+    assert drawn.scores is not None and drawn.scores.shape == (6, 5)
+    for i, best in enumerate(drawn.scores.argmax(-1).tolist()):
+        assert torch.equal(drawn.ids[i], drawn.candidates[i, best])
+    places = drawn.scores.argmax(-1)
+    assert len(places.unique()) > 1
+    again = sample(model, *SOURCES, 10, SEEDS)
+    assert torch.equal(drawn.expert[places == 0], again.expert[places == 0])
+
+
+def test_candidates_do_not_depend_on_the_company() -> None:
+    model = tiny_model()
+    together = sample(model, *SOURCES, 10, SEEDS, num_candidates=3, ranking="confidence")
+    for i, n in enumerate(LENGTHS):
+        alone = sample(
+            model,
+            SOURCES[0][i : i + 1, :n],
+            SOURCES[1][i : i + 1, :n],
+            10,
+            SEEDS[i : i + 1],
+            num_candidates=3,
+            ranking="confidence",
+        )
+        assert torch.equal(alone.candidates[0], together.candidates[i]) and torch.equal(alone.ids[0], together.ids[i])
+
+
+def test_a_predicted_length_leaves_the_rest_of_the_places_alone() -> None:
+    model = tiny_model(length="predicted")
+    lengths = torch.tensor([10, 3, 1, 7, 2, 5])
+    drawn = sample(model, *SOURCES, 10, SEEDS, lengths=lengths)
+    outside = torch.arange(10) >= lengths[:, None]
+    assert (drawn.ids[outside] == Tokenizer.eos_id).all()
+    for i, n in enumerate(lengths.tolist()):  # as if there were no more places
+        row = SOURCES[0][i : i + 1], SOURCES[1][i : i + 1]
+        alone = sample(model, *row, n, SEEDS[i : i + 1], lengths=lengths[i : i + 1])
+        assert torch.equal(drawn.ids[i, :n], alone.ids[0])
+
+
+def test_without_an_oracle_the_length_head_says_and_each_candidate_takes_another_length() -> None:
+    model = tiny_model(length="predicted")
+    source = model.encode_source(*SOURCES)
+    assert model.length is not None
+    likely = model.length(source.mean)[:, :10].argsort(-1, descending=True) + 1
+    own, oracle = sample(model, *SOURCES, 10, SEEDS), sample(model, *SOURCES, 10, SEEDS, lengths=likely[:, 0])
+    assert torch.equal(own.ids, oracle.ids)
+    several = sample(model, *SOURCES, 10, SEEDS, num_candidates=12, ranking="confidence")
+    assert torch.equal(several.candidates[:, 0], own.ids) and several.candidates.shape == (6, 12, 10)
+    second = several.candidates[:, 1]
+    assert (second[torch.arange(10) >= likely[:, 1:2]] == Tokenizer.eos_id).all()
+
+
+def test_what_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.length=predicted"):
+        sample(tiny_model(), *SOURCES, 10, SEEDS, lengths=torch.ones(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"lengths must be in \[1, length=4\]"):
+        sample(tiny_model(length="predicted"), *SOURCES, 4, SEEDS, lengths=torch.full((6,), 5))
+    with pytest.raises(ValueError, match="num_candidates must be >= 1, got 0"):
+        sample(tiny_model(), *SOURCES, 10, SEEDS, num_candidates=0)

@@ -1,14 +1,19 @@
 """Solver: closed forms, order, and an exact count of function evaluations."""
 
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 
 from tests.yan_core.tiny import random_rows, tiny_model
 from yan_core.batching import pad_rows
+from yan_core.config import Method
 from yan_core.moe import scope_length
-from yan_core.solver import FrozenExpertField, euler, time_grid
+from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
+
+METHODS = get_args(Method)
 
 
 def x_0() -> torch.Tensor:
@@ -23,53 +28,91 @@ def test_grid_is_uniform_from_zero_to_one() -> None:
             time_grid(steps)
 
 
+def uneven_grid(num_steps: int) -> torch.Tensor:
+    return torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** 1.5
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
-def test_exact_on_a_constant_field(num_steps: int) -> None:
+@pytest.mark.parametrize("grid", [time_grid, uneven_grid])
+def test_exact_on_a_constant_field(method: Method, num_steps: int, grid: Callable[[int], torch.Tensor]) -> None:
     field = torch.randn(2, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(euler(lambda x, i: field, x_0(), time_grid(num_steps)), x_0() + field)
+    torch.testing.assert_close(solve(lambda x, i: field, x_0(), grid(num_steps), method), x_0() + field)
 
 
+@pytest.mark.parametrize("method, factor", [("euler", lambda z: 1 + z), ("midpoint", lambda z: 1 + z + z * z / 2)])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_eulers_own_closed_form_on_a_linear_field(num_steps: int) -> None:
+def test_each_methods_own_closed_form_on_a_linear_field(
+    method: Method, factor: Callable[[float], float], num_steps: int
+) -> None:
     a = -1.3
-    end = euler(lambda x, i: a * x, x_0(), time_grid(num_steps))
-    torch.testing.assert_close(end, (1 + a / num_steps) ** num_steps * x_0(), atol=1e-6, rtol=1e-6)
+    for same in (method, "heun") if method == "midpoint" else (method,):  # both of order 2: the same polynomial
+        end = solve(lambda x, i: a * x, x_0(), time_grid(num_steps), same)
+        torch.testing.assert_close(end, factor(a / num_steps) ** num_steps * x_0(), atol=1e-6, rtol=1e-6)
 
 
-def test_order_is_one() -> None:
-    a = 0.9
-    errors = [
-        float((euler(lambda x, i: a * x, x_0(), time_grid(n)) - math.exp(a) * x_0()).abs().max())
-        for n in (16, 32, 64, 128)
-    ]
-    orders = [math.log2(errors[i] / errors[i + 1]) for i in range(3)]
-    assert all(abs(order - 1) < 0.05 for order in orders)
+@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
+@pytest.mark.parametrize("grid", [time_grid, uneven_grid])
+def test_order(method: Method, order: int, grid: Callable[[int], torch.Tensor]) -> None:
+    """On dx/dt = (1 + 2t) x, whose solution is exp(t + t^2) x_0: the time that is asked for matters too."""
+
+    def error(num_steps: int) -> float:
+        times = evaluation_times(grid(num_steps).double(), method)
+        end = solve(lambda x, i: (1 + 2 * times[i]) * x, x_0(), grid(num_steps).double(), method)
+        return float((end - math.exp(2) * x_0()).abs().max())
+
+    orders = [math.log2(error(n) / error(2 * n)) for n in (32, 64, 128)]
+    assert all(abs(found - order) < 0.1 for found in orders), orders
 
 
-def test_velocity_is_asked_once_a_step_at_the_steps_start_even_on_an_uneven_grid() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_velocity_is_asked_at_the_evaluation_times_in_order(method: Method) -> None:
     grid, asked = torch.tensor([0.0, 0.1, 0.4, 1.0]), []
+    times = evaluation_times(grid, method)
 
     def velocity(x: torch.Tensor, i: int) -> torch.Tensor:
         asked.append(i)
-        return 2 * grid[i].double() * torch.ones_like(x)
+        return torch.ones_like(x)
 
-    end = euler(velocity, torch.zeros(1, 1, 1, dtype=torch.float64), grid)
-    assert asked == [0, 1, 2]
-    assert float(end) == pytest.approx(0.3 * 0.2 + 0.6 * 0.8, rel=1e-6)
+    solve(velocity, torch.zeros(1, 1, 1), grid, method)
+    assert asked == list(range(len(times)))
+    expected = {
+        "euler": [0.0, 0.1, 0.4],
+        "midpoint": [0.0, 0.05, 0.1, 0.25, 0.4, 0.7],
+        "heun": [0.0, 0.1, 0.1, 0.4, 0.4, 1.0],
+    }
+    assert times.tolist() == pytest.approx(expected[method])
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("grid", [[0.0], [0.0, 0.5, 0.5, 1.0], [1.0, 0.0]])
+def test_a_grid_that_does_not_increase_is_refused(grid: list[float]) -> None:
+    with pytest.raises(ValueError, match="a time grid must increase"):
+        evaluation_times(torch.tensor(grid))
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of euler, midpoint, heun, got 'rk4'"):
+        evaluation_times(time_grid(2), "rk4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "method, guidance_scale, per_step", [("euler", 1.0, 1), ("midpoint", 1.0, 2), ("heun", 2.5, 4)]
+)
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
 @pytest.mark.parametrize("scope", ["token", "segment", "sequence"])
-def test_one_trunk_pass_a_step_and_one_expert_for_all_of_them(num_steps: int, scope: str) -> None:
+def test_trunk_passes_are_counted_and_one_expert_serves_them_all(
+    num_steps: int, scope: str, method: Method, guidance_scale: float, per_step: int
+) -> None:
     model = tiny_model(expert_scope=scope)
-    passes = []
-    model.flow.norm.register_forward_hook(lambda *_: passes.append(1))
+    passes = []  # of rows, in units of the batch
+    model.flow.norm.register_forward_hook(lambda _, __, out: passes.append(len(out) // 2))
     source = model.encode_source(*pad_rows(random_rows([5, 2]), 0))
     length = 9
     tokens = scope_length(model.config, length)
     uniforms = torch.rand(2, -(-length // tokens), generator=torch.Generator().manual_seed(0))
     grid = time_grid(num_steps)
-    field = FrozenExpertField(model, source, grid, uniforms, mask=None)
+    times = evaluation_times(grid, method)
+    field = FrozenExpertField(model.flow, source, times, None, uniforms=uniforms, guidance_scale=guidance_scale)
     assert field.nfe == 0 and field.expert is None
     seen = []
 
@@ -79,8 +122,8 @@ def test_one_trunk_pass_a_step_and_one_expert_for_all_of_them(num_steps: int, sc
         return v
 
     with torch.no_grad():
-        euler(velocity, torch.randn(2, length, 16), grid)
-    assert field.nfe == len(passes) == num_steps
+        solve(velocity, torch.randn(2, length, 16), grid, method)
+    assert field.nfe == sum(passes) == num_steps * per_step
     assert all(torch.equal(expert, seen[0]) for expert in seen)
     assert seen[0].shape == (2, length)
     for start in range(0, length, tokens):
@@ -92,7 +135,8 @@ def test_field_is_the_chosen_experts_velocity() -> None:
     source = model.encode_source(*pad_rows(random_rows([5, 2]), 0))
     x, grid = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)), time_grid(2)
     mask = torch.arange(6) < torch.tensor([[6], [4]])
-    field = FrozenExpertField(model, source, grid, torch.rand(2, 6, generator=torch.Generator().manual_seed(1)), mask)
+    uniforms = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
+    field = FrozenExpertField(model.flow, source, evaluation_times(grid), mask, uniforms=uniforms)
     for i in (0, 1):
         ours = field(x, i)
         all_velocities, _ = model(x, torch.full((2,), i / 2), source, mask)

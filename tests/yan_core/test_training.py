@@ -72,8 +72,9 @@ def test_the_named_parts_alone_learn_and_drop_out(trains: tuple[str, ...]) -> No
             assert module.training == (name.split(".")[0] in trains), name
 
 
-def test_weight_decay_is_on_matrices_alone() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_weight_decay_is_on_matrices_alone(mixer: str) -> None:
+    model = tiny_model(mixer=mixer)
     freeze_all_but(model, ("source_encoder", "flow"))
     optimizer = build_optimizer(model, OPTIM)
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -84,7 +85,7 @@ def test_weight_decay_is_on_matrices_alone() -> None:
             assert id(parameter) not in decay_of, name
             continue
         is_bias = "bias" in name or name.split(".")[-1].startswith("b_")
-        plain = parameter.ndim == 1 or is_bias or id(parameter) in tables
+        plain = parameter.ndim == 1 or is_bias or id(parameter) in tables or name.endswith("A_log")
         matrices += not plain
         assert decay_of[id(parameter)] == (0.0 if plain else OPTIM.weight_decay), name
     assert matrices > 10
