@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "$(CURDIR)" > $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve,dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve,baselines,dev]'
 	@touch $@
 
 constraints: $(VENV)/.installed-dev

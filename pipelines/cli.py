@@ -220,9 +220,8 @@ def _quickstart(args: list[str]) -> int:
 
 
 def _demo(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="yan demo", description="Small experiments that show one idea each.")
-    parser.add_argument("name", choices=["geometry"], help="geometry: what experts are for, on points in the plane")
-    parser.add_argument("options", nargs="*", help="its own; see `yan demo geometry --help`")
+    parser = argparse.ArgumentParser(prog="yan demo", usage="yan demo NAME [options]; see yan demo NAME --help")
+    parser.add_argument("NAME", choices=["geometry"], help="geometry: what experts are for, on points in the plane")
     parser.parse_args(args[:1])
     from pipelines.geometry import main as geometry
 

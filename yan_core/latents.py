@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yan_core.blocks import Attention, EncoderBlock, feed_forward
@@ -91,23 +92,37 @@ class TokenDecoder(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, latents: Tensor, with_log_probs: bool = False, tokens_at_once: int = 1024
+        self, latents: Tensor, with_log_probs: bool = False, tokens_at_once: int = 1024, logits_at_once: int = 2**22
     ) -> tuple[Tensor, Tensor | None]:
-        """Most likely tokens, never holding more than `tokens_at_once` rows of logits.
+        """Most likely tokens, never holding more than `logits_at_once` logits (of one token, at least one).
 
         Args:
             latents: [batch, length, latent_dim].
             with_log_probs: Whether to give the tokens' log-probabilities too.
             tokens_at_once: Rows of logits at a time.
+            logits_at_once: Numbers of logits at a time: the vocabulary is read in blocks, which stay in a CPU's cache.
 
         Returns:
             Token ids and their log-probabilities (float32) or None, both [batch, length].
         """
         ids, log_probs = [], []
         for part in self.hidden(latents).flatten(0, -2).split(tokens_at_once):
-            logits = self.head(part)
-            ids.append(logits.argmax(-1))
-            if with_log_probs:
-                log_probs.append(logits.float().log_softmax(-1).gather(-1, ids[-1][:, None])[:, 0])
+            block = max(1, logits_at_once // len(part))
+            best, found, log_total = self._read_block(part, 0, block, with_log_probs)
+            for start in range(block, self.head.out_features, block):
+                top, index, log_sum = self._read_block(part, start, block, with_log_probs)
+                found = torch.where(top > best, index, found)  # of equals the first, as argmax has it
+                best = torch.maximum(best, top)
+                log_total = torch.logaddexp(log_total, log_sum)
+            ids.append(found)
+            log_probs.append(best.float() - log_total)
         shape = latents.shape[:-1]
         return torch.cat(ids).view(shape), torch.cat(log_probs).view(shape) if with_log_probs else None
+
+    def _read_block(self, hidden: Tensor, start: int, block: int, with_log_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Highest logit among `block` tokens from `start` on, its token and the log-sum-exp where asked; [tokens]."""
+        rows = slice(start, start + block)
+        logits = F.linear(hidden, self.head.weight[rows], self.head.bias[rows])
+        top, index = logits.max(-1)
+        log_sum = logits.float().logsumexp(-1) if with_log_sum else torch.zeros_like(top, dtype=torch.float32)
+        return top, index + start, log_sum

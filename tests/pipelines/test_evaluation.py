@@ -4,9 +4,9 @@ import pytest
 
 import yan_core
 from pipelines.evaluation import evaluate_model, summary
-from tests.yan_core.tiny import tiny_model
+from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
-from yan_core.config import TokenizerConfig
+from yan_core.config import SamplingConfig, TokenizerConfig
 from yan_core.model import build_model
 from yan_core.tokenization import Tokenizer
 
@@ -53,6 +53,30 @@ def test_a_row_keeps_its_seed_in_any_batch_and_kinds_have_their_own_figure(model
     assert quality.by_kind[wrong] < quality.value < quality.by_kind[right] == 1
     written = summary(quality, len(rows), folder, "rows.parquet")
     assert written["metrics"]["exact_match"] == quality.value and written["counts"] == {"rows": len(rows)}
+
+
+def test_a_model_that_predicts_lengths_is_scored_with_its_own_and_with_the_true_ones(tmp_path):
+    tokenizer = Tokenizer.train(TEXTS, TokenizerConfig())
+    config = tiny_config(length="predicted")
+    save_pretrained(tmp_path / "model", build_model(config, tokenizer.vocab_size, seed=0), tokenizer, DETAILS)
+    generator = yan_core.load(tmp_path / "model")
+    rows = [{"source": text, "answers": [""]} for text in TEXTS]
+    for i, row in enumerate(rows):  # the reference is what it says when told to say one token
+        row["answers"] = [generator.generate([row["source"]], 2, seeds=i, lengths=[1])[0].text]
+    (quality,) = evaluate_model(tmp_path / "model", rows, [2], 8)
+    own = [generator.generate([row["source"]], 2, seeds=i)[0].text for i, row in enumerate(rows)]
+    assert quality.oracle_value == 1
+    assert quality.value == sum(a == r["answers"][0] for a, r in zip(own, rows, strict=True)) / 3 < 1
+    written = summary(quality, 3, tmp_path, "rows.parquet")["metrics"]
+    assert written == {"exact_match": quality.value, "exact_match_oracle_length": 1.0}
+
+
+def test_trunk_passes_are_reported_as_they_are(model_folder):
+    folder, _ = model_folder
+    rows = rows_with_own_answers(folder, str)
+    guided = SamplingConfig(guidance_scale=2.0, method="midpoint")
+    (plain,), (dear,) = (evaluate_model(folder, rows, [3], 8, sampling=s) for s in (None, guided))
+    assert (plain.nfe, dear.nfe) == (3, 12) and plain.oracle_value is None
 
 
 def test_nothing_to_score_is_an_error(model_folder):

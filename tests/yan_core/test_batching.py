@@ -184,3 +184,20 @@ def test_batch_moves_and_counts() -> None:
     assert batch.num_tokens == 2 * 5 + 2 * 4
     moved = batch.to(torch.device("cpu"))
     assert all(torch.equal(getattr(moved, name), value) for name, value in vars(batch).items())
+
+
+def test_targets_of_their_own_length_have_no_filling() -> None:
+    batch = task_batch([[7, 8], [9]], [[5, 6, 7], []], torch.arange(2), FlowLossConfig(), 8, fill=False)
+    assert batch.target_ids.tolist() == [[5, 6, 7], [EOS, PAD, PAD]]
+    assert batch.target_mask.tolist() == [[True] * 3, [True, False, False]]
+    text = infilling_batch([[5, 6, 7, 8], [9, 4]], torch.arange(2), FlowLossConfig(), fill=False)
+    assert text.target_mask.sum(-1).tolist() == [4, 2] and not (text.target_ids == EOS).any()
+
+
+def test_some_rows_lose_their_whole_source_and_the_others_nothing() -> None:
+    rows = [[5, 6, 7]] * 2000
+    config = FlowLossConfig(source_drop_share=0.1)
+    batch = task_batch(rows, [[4]] * 2000, torch.arange(2000), config, 1)
+    kept = batch.source_mask.sum(-1)
+    assert set(kept.tolist()) == {0, 3}
+    assert abs(float((kept == 0).float().mean()) - 0.1) < 0.02

@@ -77,17 +77,33 @@ def test_decoder_reads_each_token_by_itself() -> None:
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 5, 12, 1000])
-def test_argmax_equals_the_one_over_all_logits(tokens_at_once: int) -> None:
+@pytest.mark.parametrize("logits_at_once", [1, 7, 12 * VOCAB, 10_000])
+def test_reading_in_blocks_equals_the_argmax_over_all_logits(tokens_at_once: int, logits_at_once: int) -> None:
     model: YanModel = tiny_model()
     latents = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
-    ids = model.decoder.read(latents, tokens_at_once=tokens_at_once)[0]
-    assert torch.equal(ids, model.decoder(latents).argmax(-1))
-    assert not ids.is_floating_point() and ids.shape == (2, 6)
+    ids, log_probs = model.decoder.read(latents, True, tokens_at_once, logits_at_once)
+    expected = model.decoder(latents).log_softmax(-1).max(-1)
+    assert torch.equal(ids, expected.indices) and ids.shape == (2, 6)
+    assert log_probs is not None
+    torch.testing.assert_close(log_probs, expected.values)
+    again, none = model.decoder.read(latents, False, tokens_at_once, logits_at_once)
+    assert none is None and torch.equal(again, ids)
 
 
-def test_argmax_never_holds_more_logits_than_asked_for() -> None:
+def test_of_equal_logits_the_first_is_read() -> None:
     model = tiny_model()
-    rows: list[int] = []
-    model.decoder.head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
-    model.decoder.read(torch.zeros(3, 7, 16), tokens_at_once=4)
-    assert max(rows) <= 4 and sum(rows) == 21
+    with torch.no_grad():
+        model.decoder.head.weight.zero_()
+        model.decoder.head.bias.zero_()[5:].fill_(1.0)
+    for logits_at_once in (4, 20, 1000):
+        assert (model.decoder.read(torch.randn(2, 2, 16), logits_at_once=logits_at_once)[0] == 5).all()
+
+
+def test_reading_never_holds_more_logits_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held = tiny_model(), []
+    plain = model.decoder._read_block
+    monkeypatch.setattr(
+        model.decoder, "_read_block", lambda x, s, b, w: held.append(len(x) * min(b, VOCAB - s)) or plain(x, s, b, w)
+    )
+    model.decoder.read(torch.zeros(3, 7, 16), tokens_at_once=4, logits_at_once=44)
+    assert max(held) <= 44 and sum(held) == 21 * VOCAB

@@ -1,0 +1,663 @@
+"""Speed of the sampler against a naive one, an autoregressive decoder and masked diffusion of the same size.
+
+    python -m pipelines.benchmarks.sampler                                    # the table, as this machine allows
+    python -m pipelines.benchmarks.sampler --preset bar --json OUT            # the two CPU bars, in under 8 minutes
+    python -m pipelines.benchmarks.sampler --sizes 200m --batches 1 --lengths 128   # the GPU bars, where there is one
+
+Every model has fresh weights: speed does not depend on what they are. Each contestant fills all `length` places of
+every row; "generated tokens" are these, whatever end-of-text tokens are among them. All ratios come from one run in
+which the contestants took turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from pipelines.benchmarks import machine
+from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion
+from yan_core.config import ModelConfig, RunConfig, from_dict
+from yan_core.model import YanModel, build_model
+from yan_core.noise import Stream, fold, normal, uniform
+from yan_core.sampler import sample
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RESULTS = Path(__file__).parent / "results"
+SIZES = ("5m", "50m", "200m")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LLADA_8B = DecoderShape(d_model=4096, num_blocks=32, num_heads=32)
+"""LLaDA's width and depth (arXiv:2502.09992). Our blocks hold 6.4B parameters where its gated ones hold 7.0B, so this
+opponent is about 8 % faster than the real one."""
+LLADA_VOCAB = 126_464
+
+OURS = ("ours", "ours compiled", "ours graph", "ours compiled graph")
+CONTESTANTS = ("naive", *OURS, "AR", "AR compiled", "MDM", "MDM compiled", "LLaDA 8B shape")
+GPU_ONLY = ("ours graph", "ours compiled graph", "AR compiled", "LLaDA 8B shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One block of the table: a model and the requests it gets.
+
+    Attributes:
+        size: Name of the size.
+        model: Architecture.
+        vocab_size: Token ids.
+        batch: Requests at once.
+        length: Tokens to generate a request.
+        source_length: Tokens of each source.
+        num_steps: Euler steps of ours.
+        precision: `fp32` or `bf16`.
+        device: Where it runs.
+    """
+
+    size: str
+    model: ModelConfig
+    vocab_size: int
+    batch: int
+    length: int
+    source_length: int = 128
+    num_steps: int = 3
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return PRECISIONS[self.precision]
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def naive(
+    model: YanModel, source_ids: Tensor, source_mask: Tensor, length: int, seeds: Tensor, num_steps: int = 3
+) -> tuple[Tensor, Tensor]:
+    """The sampler without its savings: ids and experts as `yan_core.sampler.sample` gives them, same arguments.
+
+    A gate pass of its own and then `num_steps` Euler steps; the source encoded and projected anew, and all K heads
+    computed, at every pass; logits of every token at once.
+    """
+    config, batch, device = model.config, len(source_ids), source_ids.device
+    dtype = next(model.parameters()).dtype
+    keys = fold(seeds.to(device), 0)
+    grid = torch.linspace(0, 1, num_steps + 1, device=device)
+    x = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.d_model))
+    x = x.to(dtype)  # [batch, length, d_model]
+
+    _, gate = model(x, grid[0].expand(batch), model.encode_source(source_ids, source_mask))
+    width = {"token": 1, "segment": config.segment_length, "sequence": length}[config.expert_scope]
+    scopes = torch.stack([part.mean(1) for part in gate.split(width, dim=1)], dim=1)  # [batch, scopes, num_experts]
+    cumulative = scopes.float().softmax(-1).cumsum(-1)
+    draws = uniform(keys, Stream.EXPERT, (scopes.shape[1],))
+    drawn = (cumulative < draws[..., None]).sum(-1).clamp_max(config.num_experts - 1)
+    expert = drawn.repeat_interleave(width, dim=1)[:, :length]  # [batch, length]
+
+    index = expert[:, :, None, None].expand(-1, -1, 1, config.d_model)
+    for t in grid[:-1]:
+        velocities, _ = model(x, t.expand(batch), model.encode_source(source_ids, source_mask))
+        x = x + velocities.gather(2, index).squeeze(2) / num_steps
+    return model.decoder(x).argmax(-1), expert
+
+
+def size_config(size: str) -> RunConfig:
+    """The shipped config `size_<size>.yaml`."""
+    return from_dict(RunConfig, yaml.safe_load((CONFIGS / f"size_{size}.yaml").read_text()))
+
+
+def _fresh(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
+    """A model made on its device: the 8B one would take minutes and twice the memory by way of the CPU."""
+    with torch.device("meta"):
+        model = build()
+    model = model.to(dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def yan_model(config: ModelConfig, vocab_size: int, device: str, dtype: torch.dtype) -> YanModel:
+    """Ours, with the weights of seed 0."""
+    return build_model(config, vocab_size, seed=0).to(device, dtype).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def ar_model(num_parameters: int, vocab_size: int, positions: int, device: str, dtype: torch.dtype) -> ARDecoder:
+    """A GPT-2 of about that many parameters without embeddings."""
+    model = ARDecoder(DecoderShape.of_size(num_parameters), vocab_size, positions)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=2)
+def mdm_model(shape: DecoderShape, vocab_size: int, device: str, dtype: torch.dtype) -> MaskedDiffusion:
+    """Masked diffusion of a shape."""
+    return _fresh(lambda: MaskedDiffusion(shape, vocab_size), device, dtype)
+
+
+@lru_cache(maxsize=8)
+def parameters_of(config: ModelConfig, vocab_size: int) -> int:
+    """Ours, without embeddings, positions and vocabulary head."""
+    with torch.device("meta"):
+        return YanModel(config, vocab_size).num_parameters(embeddings=False)
+
+
+def captured(function: Callable[..., Tensor], examples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """A CUDA graph of a function of tensors of fixed shapes; on a CPU the function itself.
+
+    The result copies its arguments in, replays, and gives the same output tensor each time.
+    """
+    if not examples[0].is_cuda:
+        return function
+    held = tuple(value.clone() for value in examples)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):  # compile, tune and allocate outside the capture
+            function(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out = function(*held)
+
+    def replay(*values: Tensor) -> Tensor:
+        for kept, value in zip(held, values, strict=True):
+            kept.copy_(value)
+        graph.replay()
+        return out
+
+    return replay
+
+
+def contestant(name: str, cell: Cell, passes: int | None = None) -> Callable[[], Tensor]:
+    """A call that answers the cell's requests: token ids [batch, length].
+
+    Args:
+        name: One of CONTESTANTS.
+        cell: Model and requests.
+        passes: Masked diffusion: stop after so many of its `length` equal passes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    source_ids = torch.randint(4, cell.vocab_size, (cell.batch, cell.source_length), generator=generator)
+    source_ids = source_ids.to(cell.device)
+    if name == "naive" or name in OURS:
+        return _yan(name, cell, source_ids)
+    if name.startswith("AR"):
+        size = parameters_of(cell.model, cell.vocab_size)
+        positions = 1 + cell.source_length + max(cell.model.max_positions, cell.length)
+        decoder = ar_model(size, cell.vocab_size, positions, cell.device, cell.dtype)
+        if name == "AR compiled":
+            return _ar_compiled(decoder, source_ids, cell.length)
+        return lambda: decoder.generate(source_ids, None, cell.length)
+    diffusion = mdm_model(*_mdm_shape(name, cell), cell.device, cell.dtype)
+    start = source_ids.new_full((cell.batch, cell.length), diffusion.mask_id)
+    unmask = diffusion.unmask if name == "MDM" else torch.compile(diffusion.unmask, dynamic=False)
+
+    def one_pass(ids: Tensor, source: Tensor) -> Tensor:
+        return unmask(ids, source, None, 1)
+
+    step = one_pass if name == "MDM" else captured(one_pass, (start, source_ids))
+
+    def all_passes() -> Tensor:
+        ids = start
+        for _ in range(passes or cell.length):
+            ids = step(ids, source_ids)
+        return ids
+
+    return all_passes
+
+
+def _yan(name: str, cell: Cell, source_ids: Tensor) -> Callable[[], Tensor]:
+    model = yan_model(cell.model, cell.vocab_size, cell.device, cell.dtype)
+    inputs = (source_ids, torch.ones_like(source_ids, dtype=torch.bool), torch.arange(cell.batch, device=cell.device))
+
+    def ids(source_ids: Tensor, source_mask: Tensor, seeds: Tensor) -> Tensor:
+        if name == "naive":
+            return naive(model, source_ids, source_mask, cell.length, seeds, cell.num_steps)[0]
+        return sample(model, source_ids, source_mask, cell.length, seeds, cell.num_steps).ids
+
+    call = ids
+    if name == "ours compiled" and cell.device != "cpu":
+        call = torch.compile(ids, dynamic=False, mode="reduce-overhead")
+    elif "compiled" in name:
+        call = torch.compile(ids, dynamic=False)
+    if "graph" in name:
+        call = captured(call, inputs)
+    return lambda: call(*inputs)
+
+
+def _ar_compiled(decoder: ARDecoder, source_ids: Tensor, length: int) -> Callable[[], Tensor]:
+    """Static cache; the reading of the source and the step compiled, and each a CUDA graph."""
+    batch, source_length = source_ids.shape
+    cache = decoder.static_cache(batch, source_length + max(length, 8))  # capturing takes a few steps
+    advance = torch.compile(decoder.advance, dynamic=False)
+
+    def read(ids: Tensor) -> Tensor:
+        cache.reset()
+        return advance(ids, cache)
+
+    reading = captured(read, (source_ids,))
+    step = captured(lambda ids: advance(ids, cache), (source_ids[:, :1],))
+    out = source_ids.new_empty(batch, length)
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        ids = reading(source_ids)
+        out[:, :1] = ids
+        for i in range(1, length):
+            ids = step(ids)
+            out[:, i : i + 1] = ids
+        return out
+
+    return generate
+
+
+def _mdm_shape(name: str, cell: Cell) -> tuple[DecoderShape, int]:
+    if name == "LLaDA 8B shape":
+        return LLADA_8B, LLADA_VOCAB
+    return DecoderShape.of_size(parameters_of(cell.model, cell.vocab_size)), cell.vocab_size
+
+
+# --- what must be done at least ---------------------------------------------------------------------------------------
+
+
+def yan_work(cell: Cell, trunk_passes: int, source_passes: int, heads: int, weight_heads: int) -> tuple[int, int]:
+    """Bytes of weights and floating-point operations of one call; what depends on the grid of times alone is left out.
+
+    Args:
+        cell: Model and requests.
+        trunk_passes: Passes of the trunk, each with the heads.
+        source_passes: Passes of the source encoder.
+        heads: Expert heads computed for each token.
+        weight_heads: Expert heads whose weights are read at each pass.
+    """
+    c, d = cell.model, cell.model.d_model
+    ffn, block = 2 * c.ffn_multiple, 4 + 2 * c.ffn_multiple  # weights in units of d * d, as all that follow
+    encoder_blocks = (c.target_encoder if c.share_encoder else c.source_encoder).num_blocks
+    cross = math.ceil(c.flow_blocks / c.cross_attention_every)
+    source, trunk = encoder_blocks * block + 2 * cross, c.flow_blocks * block + 2 * cross
+    gate, decoder = 1, c.decoder_blocks * ffn + cell.vocab_size / d  # the gate's other inputs: one vector a row
+    weights = source_passes * source + trunk_passes * (trunk + weight_heads * ffn) + gate + decoder
+    source_tokens, tokens = cell.batch * cell.source_length, cell.batch * cell.length
+    linear = source_passes * source * source_tokens
+    linear += (trunk_passes * (trunk + heads * ffn) + gate + decoder) * tokens
+    attention = source_passes * encoder_blocks * source_tokens * cell.source_length
+    attention += trunk_passes * tokens * (c.flow_blocks * cell.length + cross * cell.source_length)
+    return int(weights * d * d * cell.dtype.itemsize), int(2 * linear * d * d + 4 * attention * d)
+
+
+def work(name: str, cell: Cell) -> tuple[int, int]:
+    """Bytes of weights and operations of one call of a contestant (masked diffusion: of one of its passes)."""
+    c = cell.model
+    if name == "naive":
+        return yan_work(cell, cell.num_steps + 1, cell.num_steps + 1, c.num_experts, c.num_experts)
+    if name in OURS:
+        one_draw = cell.batch == 1 and c.expert_scope == "sequence"
+        return yan_work(cell, cell.num_steps, 1, 1, 1 if one_draw else c.num_experts)
+    shape, vocab = _mdm_shape(name, cell)
+    weights = shape.num_parameters + vocab * shape.d_model
+    seen = cell.batch * (cell.source_length + cell.length)
+    flops = 2 * shape.num_parameters * seen + 2 * cell.batch * cell.length * vocab * shape.d_model
+    passes = cell.length if name.startswith("AR") else 1
+    if passes == 1:
+        flops += 4 * seen * (cell.source_length + cell.length) * shape.d_model * shape.num_blocks
+    return passes * weights * cell.dtype.itemsize, flops
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The machine's measured rates and what a run may spend.
+
+    Attributes:
+        bytes_per_s: Memory bandwidth.
+        flops_per_s: Rate of a large matrix product.
+        budget_s: Time for each contestant of a cell, warmed up.
+        limit_s: Longest call worth waiting for.
+        most: Most turns of a contestant.
+        memory: Measure peak memory.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    budget_s: float
+    limit_s: float
+    most: int
+    memory: bool = True
+
+    def seconds(self, weight_bytes: int, flops: int) -> float:
+        """Least time for that much work."""
+        return max(weight_bytes / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def peak_of(name: str, cell: Cell) -> int | None:
+    """Peak memory of one call above the model and what loading left; meant for a fresh process on a CPU."""
+    contestant(name, replace(cell, batch=1, length=min(8, cell.length)), passes=1)()  # libraries' own buffers
+    return machine.peak_bytes(contestant(name, cell, passes=1), torch.device(cell.device))
+
+
+def measure(cell: Cell, names: Sequence[str], limits: Limits, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Rows of the table, one a contestant."""
+    torch._dynamo.reset()
+    device = torch.device(cell.device)
+    where = f"{cell.size} batch {cell.batch} length {cell.length}"
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    first_s: dict[str, float] = {}
+    ids: dict[str, Tensor] = {}
+    for name in names:
+        row: dict[str, Any] = {"size": cell.size, "batch": cell.batch, "length": cell.length, "contestant": name}
+        rows[name] = row
+        floor_s = limits.seconds(*work(name, cell))
+        passes = None
+        if name.startswith(("MDM", "LLaDA")):  # its passes are alike: where all take too long, some are timed
+            passes = max(1, min(cell.length, int(limits.limit_s / (3 * floor_s))))
+        if floor_s > limits.limit_s:
+            row["failed"] = f"left out: {floor_s:.0f} s a {'pass' if passes else 'call'} at the least"
+            continue
+        if passes is not None and passes < cell.length:
+            row["timed_passes"] = passes
+        if name in OURS or name == "naive":
+            row["floor_ms"] = 1000 * floor_s
+        say(f"{where}: {name}")
+        try:
+            start = time.perf_counter()
+            calls[name] = contestant(name, cell, passes)
+            ids[name] = calls[name]().clone()
+            first_s[name] = machine.seconds(calls[name], device)
+            row["first_call_s"] = time.perf_counter() - start - first_s[name]
+            if limits.memory and device.type == "cuda":
+                row["peak_bytes"] = machine.peak_bytes(calls[name], device)
+            elif limits.memory and "compiled" not in name:
+                row["peak_bytes"] = machine.in_child(peak_of, name, cell)
+        except Exception as error:  # one contestant's failure is a result; the others go on
+            row["failed"] = machine.reason(error)
+            calls.pop(name, None)
+    say(f"{where}: {len(calls)} contestants take turns")
+    times, failed = machine.take_turns(calls, first_s, device, limits.budget_s, limits.most)
+    for name, taken in times.items():
+        if name in failed:
+            rows[name]["failed"] = failed[name]
+            continue
+        scale = cell.length / rows[name].get("timed_passes", cell.length)
+        low, middle, high = (1000 * scale * value for value in machine.quartiles(taken))
+        rows[name] |= {"median_ms": middle, "q1_ms": low, "q3_ms": high, "min_ms": 1000 * scale * min(taken)}
+        rows[name]["turns"] = len(taken)
+        rows[name]["tokens_per_s"] = 1000 * cell.batch * cell.length / middle
+        if "naive" in ids and name in OURS:
+            rows[name]["same_tokens_share"] = (ids[name] == ids["naive"]).float().mean().item()
+    return compare(list(rows.values()))
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to one cell's rows: speed-up over naive, how much longer than our fastest, how far above the floor."""
+    by_name = {row["contestant"]: row for row in rows if "median_ms" in row}
+    ours = min((row["median_ms"] for name, row in by_name.items() if name in OURS), default=None)
+    for row in by_name.values():
+        if "naive" in by_name:
+            row["speedup_over_naive"] = by_name["naive"]["median_ms"] / row["median_ms"]
+        if ours is not None:
+            row["times_ours"] = row["median_ms"] / ours
+        if "floor_ms" in row:
+            row["times_floor"] = row["median_ms"] / row["floor_ms"]
+    return rows
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("size", "size", "{}"),
+    ("batch", "batch", "{}"),
+    ("length", "length", "{}"),
+    ("contestant", "contestant", "{}"),
+    ("ms", "median_ms", "{:.2f}"),
+    ("q1", "q1_ms", "{:.2f}"),
+    ("q3", "q3_ms", "{:.2f}"),
+    ("turns", "turns", "{}"),
+    ("tokens/s", "tokens_per_s", "{:.0f}"),
+    ("peak MB", "peak_bytes", "{:.1f}"),
+    ("over naive", "speedup_over_naive", "{:.2f}x"),
+    ("/ ours", "times_ours", "{:.2f}"),
+    ("same tokens", "same_tokens_share", "{:.2%}"),
+    ("floor ms", "floor_ms", "{:.2f}"),
+    ("/ floor", "times_floor", "{:.1f}"),
+)
+"""Heading, key of the row, format."""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, each cell's contestants together."""
+    lines = [[heading for heading, _, _ in COLUMNS]]
+    for row in rows:
+        shown = {**row, "peak_bytes": None if row.get("peak_bytes") is None else row["peak_bytes"] / 1e6}
+        lines.append([form.format(shown[key]) if shown.get(key) is not None else "-" for _, key, form in COLUMNS])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = [
+        "  ".join(v.ljust(w) if i in (0, 3) else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    for i, row in enumerate(rows, start=1):
+        if "failed" in row:
+            text[i] += f"  {row['failed']}"
+        elif "timed_passes" in row:
+            text[i] += f"  from {row['timed_passes']} of {row['length']} passes"
+    return "\n".join(line.rstrip() for line in text)
+
+
+def bars(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """The issue's bars that these rows can tell about."""
+    found: list[dict[str, Any]] = []
+
+    def bar(text: str, value: float, required: float, at_least: bool = True) -> None:
+        met = value >= required if at_least else value <= required
+        found.append({"bar": text, "value": value, "required": required, "met": met})
+
+    def best(size: str, batch: int, *names: str) -> float | None:
+        cell = [r for r in rows if (r["size"], r["batch"], r["length"]) == (size, batch, 128)]
+        return min((r["median_ms"] for r in cell if r["contestant"] in names and "median_ms" in r), default=None)
+
+    if device == "cpu":
+        for batch, required in ((1, 1.6), (64, 1.8)):
+            slow, fast = best("5m", batch, "naive"), best("5m", batch, "ours")
+            if slow and fast:
+                bar(f"5M, length 128, batch {batch}: times naive", slow / fast, required)
+        return found
+    fast = best("200m", 1, *OURS)
+    if fast:
+        bar("200M, length 128, batch 1: ms a request", fast, 2.0, at_least=False)
+        for text, required, names in (
+            ("AR with cache, compiled", 50.0, ("AR", "AR compiled")),
+            ("masked diffusion of equal size", 0.9 * 128 / 3, ("MDM", "MDM compiled")),
+        ):
+            slow = best("200m", 1, *names)
+            if slow:
+                bar(f"200M, length 128, batch 1: times {text}", slow / fast, required)
+    return found
+
+
+def bar_preset(cell: Cell, memory_length: int, limits: Limits, say: Callable[[str], None]) -> dict[str, Any]:
+    """Naive against ours at batch 1 and 64, and their peak memory at a greater length.
+
+    Args:
+        cell: The model; its batch is not looked at.
+        memory_length: Length at which peak memory is compared.
+        limits: Rates and budgets.
+        say: Takes progress lines.
+
+    Returns:
+        `rows`, `speedup_over_naive` (an entry a batch) and `bars`.
+    """
+    rows, entries = [], []
+    for batch in (1, 64):
+        cell = replace(cell, batch=batch)
+        pair = measure(cell, ("naive", "ours"), replace(limits, memory=False), say)
+        long, peaks = replace(cell, length=memory_length), {}
+        for name in ("naive", "ours"):
+            say(f"{cell.size} batch {batch} length {memory_length}: peak memory of {name}, in a process of its own")
+            peaks[name] = machine.in_child(peak_of, name, long)
+        known = peaks["naive"] and peaks["ours"] is not None
+        ours = pair[1]
+        entries.append(
+            {
+                "batch": batch,
+                "ratio": ours.get("speedup_over_naive"),
+                "same_tokens": ours.get("same_tokens_share") == 1,
+                "peak_memory_ratio": peaks["ours"] / peaks["naive"] if known else None,
+                "length": cell.length,
+                "same_tokens_share": ours.get("same_tokens_share"),
+                "memory_length": memory_length,
+                "vocab_size": cell.vocab_size,
+                "peak_bytes": peaks,
+            }
+        )
+        rows += pair
+    found = bars(rows, "cpu")
+    ratio = entries[-1]["peak_memory_ratio"]
+    if ratio is not None:
+        text = f"{cell.size}, length {memory_length}, batch 64, vocabulary {cell.vocab_size}: peak memory / naive's"
+        found.append({"bar": text, "value": ratio, "required": 0.4, "met": ratio < 0.4})
+    return {"rows": rows, "speedup_over_naive": entries, "bars": found}
+
+
+def full_table(cells: list[Cell], names: Sequence[str], limits: Limits, say: Callable[[str], None]) -> dict[str, Any]:
+    """All contestants in all cells; result as `bar_preset`."""
+    rows: list[dict[str, Any]] = []
+    entries = []
+    for cell in cells:
+        group = measure(cell, names, limits, say)
+        if len(cells) > 1:
+            print(table(group), flush=True)  # a long run that is stopped leaves what it found
+        rows += group
+        by_name = {row["contestant"]: row for row in group}
+        ours, slow = by_name.get("ours", {}), by_name.get("naive", {})
+        if "speedup_over_naive" in ours:
+            peaks = ours.get("peak_bytes"), slow.get("peak_bytes")
+            entries.append(
+                {
+                    "batch": cell.batch,
+                    "ratio": ours["speedup_over_naive"],
+                    "same_tokens": ours["same_tokens_share"] == 1,
+                    "peak_memory_ratio": peaks[0] / peaks[1] if peaks[0] is not None and peaks[1] else None,
+                    "size": cell.size,
+                    "length": cell.length,
+                }
+            )
+    return {"rows": rows, "speedup_over_naive": entries, "bars": bars(rows, torch.device(cells[0].device).type)}
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.benchmarks.sampler", description=(__doc__ or "").splitlines()[0]
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--preset", choices=("bar",), help="bar: naive against ours on the CPU, in under 8 minutes")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES if gpu else SIZES[:1])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128, 512], help="tokens to generate a request")
+    parser.add_argument("--source-length", type=int, default=128, help="tokens of each source")
+    parser.add_argument("--steps", type=int, default=3, help="Euler steps of ours and of naive")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's, one a core")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that the device can run")
+    parser.add_argument("--budget-s", type=float, default=15.0, help="time for each contestant of a cell, warmed up")
+    parser.add_argument("--limit-s", type=float, default=60.0, help="leave out calls that must take longer")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder whose sampler.jsonl gets a line")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tests: a model of seconds
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmark, print its table and write its report."""
+    options = parse(args)
+    start = time.perf_counter()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # where compiled code breaks off shows in the times
+    warnings.filterwarnings("ignore", module="torch._dynamo")
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cpu" if options.preset == "bar" else options.device)
+    precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "preset": options.preset,
+        "precision": precision,
+        "source_length": options.source_length,
+        "num_steps": options.steps,
+        "machine": machine.describe(device),
+    }
+    say(", ".join(f"{key} {value}" for key, value in report["machine"].items()) + f", {precision}")
+    limits = Limits(
+        bytes_per_s=machine.memory_bandwidth(device),
+        flops_per_s=machine.matmul_rate(device, PRECISIONS[precision]),
+        budget_s=options.budget_s,
+        limit_s=options.limit_s,
+        most=3 if options.tiny else 200 if device.type == "cuda" else 50,
+        memory=not options.no_memory,
+    )
+    report["machine"] |= {"gb_per_s": limits.bytes_per_s / 1e9, "gflop_per_s": limits.flops_per_s / 1e9}
+    say(f"memory {limits.bytes_per_s / 1e9:.1f} GB/s, matrix products {limits.flops_per_s / 1e9:.0f} GFLOP/s")
+
+    cells = []
+    for size in ("5m",) if options.preset == "bar" else options.sizes:
+        config = size_config(size)
+        model, vocab = config.model, config.tokenizer.vocab_size
+        if options.tiny:
+            model, vocab = replace(model, d_model=20, flow_blocks=1, num_experts=2), 64
+        report.setdefault("parameters", {})[size] = parameters_of(model, vocab)
+        base = Cell(size=size, model=model, vocab_size=vocab, batch=1, length=1, precision=precision)
+        base = replace(base, source_length=options.source_length, num_steps=options.steps, device=str(device))
+        cells += [replace(base, batch=b, length=n) for n in options.lengths for b in options.batches]
+    if options.preset == "bar":
+        length, memory_length = (8, 16) if options.tiny else (128, 512)
+        report |= bar_preset(replace(cells[0], length=length), memory_length, replace(limits, budget_s=45.0), say)
+    else:
+        names = options.contestants or [n for n in CONTESTANTS if device.type == "cuda" or n not in GPU_ONLY]
+        report |= full_table(cells, names, limits, say)
+    report["wall_s"] = time.perf_counter() - start
+    if options.preset == "bar":
+        in_time = report["wall_s"] < 480
+        report["bars"].append({"bar": "seconds taken", "value": report["wall_s"], "required": 480.0, "met": in_time})
+
+    print(table(report["rows"]))
+    for entry in report["speedup_over_naive"]:
+        print(" ".join(f"{key}={value}" for key, value in entry.items()))
+    for bar in report["bars"]:
+        print(f"{'met   ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['value']:.3g} (bar: {bar['required']:.3g})")
+    busy = report["machine"]["load_average"]
+    if busy > 0.5:
+        say(f"the machine was not idle before this began (load {busy:.1f}): times are upper bounds, and ratios noisy")
+    say("done")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    options.results.mkdir(parents=True, exist_ok=True)
+    with (options.results / "sampler.jsonl").open("a") as file:
+        file.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

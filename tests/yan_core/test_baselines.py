@@ -1,0 +1,159 @@
+"""Baselines: a cache that changes nothing, a diffusion that fills every place, and losses that can be learned from."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_batch
+from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion, pad_left
+from yan_core.batching import pad_rows
+
+SHAPE = DecoderShape(d_model=16, num_blocks=2, num_heads=2)
+LENGTHS = [7, 1, 12, 4]
+SOURCES = pad_rows(random_rows(LENGTHS), 0)
+
+
+def ar() -> ARDecoder:
+    pytest.importorskip("transformers", reason="the extra `baselines` is not installed")
+    torch.manual_seed(0)
+    model = ARDecoder(SHAPE, VOCAB, max_positions=40).eval()
+    for parameter in model.parameters():  # fresh GPT-2 weights are so small that it repeats one token
+        torch.nn.init.normal_(parameter, std=0.5) if parameter.ndim == 2 else None
+    return model
+
+
+def mdm() -> MaskedDiffusion:
+    torch.manual_seed(0)
+    model = MaskedDiffusion(SHAPE, VOCAB).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("size", [5e6, 50e6, 200e6])
+def test_a_shape_matches_its_size_in_gpt_2s_proportions(size: float) -> None:
+    shape = DecoderShape.of_size(int(size))
+    assert abs(shape.num_parameters / size - 1) < 0.05
+    assert 32 <= shape.d_model / shape.num_blocks <= 128
+    assert shape.d_model == 64 * shape.num_heads
+
+
+def test_shapes_count_the_weights_of_the_blocks() -> None:
+    matrices = {id(p): p.numel() for p in mdm().blocks.parameters() if p.ndim == 2}
+    assert sum(matrices.values()) == SHAPE.num_parameters
+    assert sum(p.numel() for p in ar().gpt2.transformer.h.parameters() if p.ndim == 2) == SHAPE.num_parameters
+
+
+@torch.no_grad()
+def greedy_without_a_cache(model: ARDecoder, ids: list[int], length: int) -> list[int]:
+    for _ in range(length):
+        ids = [*ids, int(model.gpt2(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+    return ids[-length:]
+
+
+def test_greedy_with_a_cache_equals_recomputing_and_padding_does_not_matter() -> None:
+    model = ar()
+    ids = model.generate(*SOURCES, 9)
+    wider = model.generate(*pad_right(*SOURCES, 5), 9)
+    assert torch.equal(wider, ids)
+    for i, n in enumerate(LENGTHS):
+        row = SOURCES[0][i, :n].tolist()
+        assert ids[i].tolist() == greedy_without_a_cache(model, row, 9)
+        assert model.generate(torch.tensor([row]), None, 9)[0].tolist() == ids[i].tolist()
+    assert len(ids.unique()) > 5
+
+
+@torch.no_grad()
+def test_a_static_cache_gives_the_same_and_can_be_used_again() -> None:
+    model, ids = ar(), SOURCES[0][2:3]
+    cache = model.static_cache(1, ids.shape[1] + 9)
+    for _ in range(2):
+        cache.reset()
+        out = [model.advance(ids, cache)]
+        for _ in range(8):
+            out.append(model.advance(out[-1], cache))
+        assert torch.equal(torch.cat(out, 1), model.generate(ids, None, 9))
+
+
+@torch.no_grad()
+def test_logits_of_the_whole_target_are_those_met_in_generation() -> None:
+    model = ar()
+    ids = model.generate(*SOURCES, 9)
+    assert torch.equal(model(*SOURCES, ids).argmax(-1), ids)
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers; .*pip install -e '\.\[baselines\]'"):
+        ARDecoder(SHAPE, VOCAB, 40)
+
+
+def test_pad_left() -> None:
+    ids, mask = pad_left(torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[True, True, False], [True, True, True]]))
+    assert ids.tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("steps", [*range(1, 8), None])
+def test_masked_diffusion_fills_every_place_in_as_many_passes_as_asked(steps: int | None) -> None:
+    model, passes = mdm(), []
+    model.norm.register_forward_hook(lambda *_: passes.append(1))
+    ids = model.generate(*SOURCES, 7, steps)
+    assert ids.shape == (4, 7)
+    assert not (ids == model.mask_id).any()
+    assert len(passes) == (steps or 7)
+
+
+def test_masked_diffusion_keeps_what_is_filled_and_fills_the_surest() -> None:
+    model = mdm()
+    start = torch.full((4, 7), model.mask_id)
+    start[:, 2] = 9
+    after = model.unmask(start, *SOURCES, 2)
+    assert (after[:, 2] == 9).all()
+    assert ((after != model.mask_id).sum(-1) == 3).all()
+    with torch.no_grad():
+        probs = model(start, *SOURCES).index_fill(-1, torch.tensor(model.mask_id), -torch.inf).softmax(-1)
+    sure = probs.max(-1).values.index_fill(1, torch.tensor(2), 0)
+    for i in range(4):
+        filled = {j for j in range(7) if after[i, j] != model.mask_id} - {2}
+        assert filled == set(sure[i].topk(2).indices.tolist())
+        assert all(after[i, j] == probs[i, j].argmax() for j in filled)
+
+
+def test_masked_diffusion_does_not_depend_on_padding_or_company() -> None:
+    model = mdm()
+    ids = model.generate(*SOURCES, 7)
+    assert torch.equal(model.generate(*pad_right(*SOURCES, 5), 7), ids)
+    for i, n in enumerate(LENGTHS):
+        assert torch.equal(model.generate(SOURCES[0][i : i + 1, :n], None, 7)[0], ids[i])
+
+
+@pytest.mark.parametrize("steps", [0, 8])
+def test_masked_diffusion_refuses_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"steps must be in \[1, length=7\], got {steps}"):
+        mdm().generate(*SOURCES, 7, steps)
+
+
+@pytest.mark.parametrize("make", [ar, mdm])
+def test_losses_fall(make) -> None:
+    model, batch = make(), tiny_batch()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim == 2 else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_diffusion_loss_is_the_cross_entropy_of_masked_places_over_their_share() -> None:
+    """With equal logits every masked place costs log(vocab), and dividing by t makes up for the places left out."""
+    model, batch = mdm(), tiny_batch(400)
+    torch.nn.init.zeros_(model.head.weight)
+    assert model.loss(batch).item() == pytest.approx(math.log(VOCAB), rel=0.15)
