@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def sample(
     num_steps: int = 3,
     *,
     method: Method = "euler",
-    grid: Tensor | None = None,
+    grid: Sequence[float] | None = None,
     guidance_scale: float = 1.0,
     num_candidates: int = 1,
     ranking: Ranking = "bayes_risk",
@@ -63,7 +64,7 @@ def sample(
         seeds: int64, [batch].
         num_steps: Solver steps; with Euler's method and no guidance as many trunk passes.
         method: ODE solver; `midpoint` and `heun` take two trunk passes a step.
-        grid: Increasing times from 0 to 1 in the place of `num_steps` uniform steps, [steps + 1].
+        grid: Increasing times from 0 to 1, in the place of `num_steps` uniform steps.
         guidance_scale: Classifier-free guidance; 1 is none. Useful where training had flow_loss.source_drop_share.
         num_candidates: Targets drawn for each source in one batch; the first is the one drawn alone.
         ranking: How the best candidate is found.

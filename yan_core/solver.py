@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,42 +17,45 @@ Velocity = Callable[[Tensor, int], Tensor]
 """Velocity at a point [batch, length, d_model] and the index of its time among the `evaluation_times`."""
 
 
-def time_grid(num_steps: int, device: torch.device | None = None) -> Tensor:
-    """`num_steps` + 1 uniform times from 0 to 1. The reference's "n timesteps" are n - 1 of our steps."""
+def time_grid(num_steps: int) -> list[float]:
+    """`num_steps` + 1 uniform times from 0 to 1. The reference's "n timesteps" are n - 1 of our steps.
+
+    Plain numbers, not a tensor: the host needs them to decide what to compute, and to ask a GPU for them would stop it.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
-    return torch.linspace(0, 1, num_steps + 1, device=device)
+    return [i / num_steps for i in range(num_steps + 1)]
 
 
-def evaluation_times(grid: Tensor, method: Method = "euler") -> Tensor:
+def evaluation_times(grid: Sequence[float], method: Method = "euler") -> list[float]:
     """Times at which `solve` asks for the velocity, in order; as many as it costs function evaluations.
 
     Args:
-        grid: Increasing times, [num_steps + 1].
+        grid: Increasing times, num_steps + 1 of them.
         method: The solver.
 
     Raises:
         ValueError: If the grid does not increase or the method is unknown.
     """
-    start, end = grid[:-1], grid[1:]
-    if len(grid) < 2 or not bool((end > start).all()):
-        raise ValueError(f"a time grid must increase, got {grid.tolist()}")
+    steps = list(pairwise(grid))
+    if not steps or any(end <= start for start, end in steps):
+        raise ValueError(f"a time grid must increase, got {list(grid)}")
     if method == "euler":
-        return start
+        return [start for start, _ in steps]
     if method == "midpoint":
-        return torch.stack([start, (start + end) / 2], dim=1).flatten()
+        return [t for start, end in steps for t in (start, (start + end) / 2)]
     if method == "heun":
-        return torch.stack([start, end], dim=1).flatten()
+        return [t for step in steps for t in step]
     raise ValueError(f"solver must be one of euler, midpoint, heun, got {method!r}")
 
 
-def solve(velocity: Velocity, x_0: Tensor, grid: Tensor, method: Method = "euler") -> Tensor:
+def solve(velocity: Velocity, x_0: Tensor, grid: Sequence[float], method: Method = "euler") -> Tensor:
     """Solve dx/dt = velocity(x, t).
 
     Args:
         velocity: Gives the velocity at (x, index into `evaluation_times(grid, method)`).
-        x_0: Start, [batch, length, d_model].
-        grid: Increasing times, [num_steps + 1].
+        x_0: Start, [batch, length, latent_dim].
+        grid: Increasing times, num_steps + 1 of them.
         method: `euler` (order 1), `midpoint` or `heun` (order 2).
 
     Returns:
@@ -60,7 +64,8 @@ def solve(velocity: Velocity, x_0: Tensor, grid: Tensor, method: Method = "euler
     Source: Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, sec. II.1.
     """
     x = x_0
-    for i, dt in enumerate(grid.diff().tolist()):
+    for i, (start, end) in enumerate(pairwise(grid)):
+        dt = end - start
         if method == "euler":
             x = x + dt * velocity(x, i)
         elif method == "midpoint":
@@ -83,7 +88,7 @@ class FrozenExpertField:
         self,
         flow: FlowNetwork,
         source: Source,
-        times: Tensor,
+        times: Sequence[float],
         mask: Tensor | None,
         *,
         uniforms: Tensor | None = None,
@@ -108,7 +113,7 @@ class FrozenExpertField:
         self.guidance_scale, self.features_0 = guidance_scale, features_0
         self.guided = guidance_scale != 1.0
         self.source = source.beside(source.dropped()) if self.guided else source
-        self.times: list[float] = times.tolist()
+        self.times = list(times)
         if flow.config.prediction == "endpoint" and max(self.times) >= 1:
             raise ValueError(
                 "model.prediction=endpoint has no velocity at t = 1, which heun asks for: use euler or midpoint"
@@ -122,14 +127,10 @@ class FrozenExpertField:
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         """Velocity at x [batch, length, d_model] and the i-th of `times`."""
-        batch, length = x.shape[:2]
+        batch = len(x)
         features = self.features_0 if i == 0 else None
         if features is None:
-            copies = 2 if self.guided else 1
-            mask = None if self.mask is None else self.mask.repeat(copies, 1)
-            guess = None if self.guess is None else self.guess.repeat(copies, 1, 1)
-            features = self.flow.trunk(x.repeat(copies, 1, 1), self.steps[i], self.source, mask, guess)
-            self.nfe += copies
+            features = self._trunk(x, i)
         if self.expert is None:
             assert self.uniforms is not None
             self.expert = self._draw(features[:batch], self.steps[i].embedding[:batch], self.uniforms)
@@ -142,6 +143,16 @@ class FrozenExpertField:
         if self.flow.config.self_conditioning:
             self.guess = endpoint_of(velocity, x, self.times[i]).detach()
         return velocity
+
+    def _trunk(self, x: Tensor, i: int) -> Tensor:
+        """Features with the source and, where guided, then those without it: [batch or 2 batch, length, d_model]."""
+        mask, guess = self.mask, self.guess
+        if self.guided:
+            x = torch.cat([x, x])
+            mask = None if mask is None else torch.cat([mask, mask])
+            guess = None if guess is None else torch.cat([guess, guess])
+        self.nfe += 2 if self.guided else 1
+        return self.flow.trunk(x, self.steps[i], self.source, mask, guess)
 
     def _draw(self, features: Tensor, time: Tensor, uniforms: Tensor) -> Tensor:
         """Expert of each token from the gate at t = 0, [batch, length]."""

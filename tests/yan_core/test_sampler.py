@@ -266,3 +266,13 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         sample(tiny_model(length="predicted"), *SOURCES, 4, SEEDS, lengths=torch.full((6,), 5))
     with pytest.raises(ValueError, match="num_candidates must be >= 1, got 0"):
         sample(tiny_model(), *SOURCES, 10, SEEDS, num_candidates=0)
+
+
+def test_any_time_grid_can_be_asked_for() -> None:
+    model = tiny_model()
+    uneven = sample(model, *SOURCES, 10, SEEDS, grid=(0.0, 0.2, 1.0))
+    assert uneven.nfe == 2
+    assert torch.equal(
+        sample(model, *SOURCES, 10, SEEDS, grid=[0.0, 0.5, 1.0]).ids, sample(model, *SOURCES, 10, SEEDS, 2).ids
+    )
+    assert not torch.equal(uneven.ids, sample(model, *SOURCES, 10, SEEDS, 2).ids)
