@@ -15,7 +15,7 @@ import torch
 import yan_core
 from yan_core.config import SamplingConfig
 from yan_core.files import code_commit
-from yan_core.metrics import exact_match
+from yan_core.metrics import METRICS
 from yan_core.tasks import get_task
 
 
@@ -27,7 +27,7 @@ class Quality:
         num_steps: Solver steps.
         nfe: Trunk passes an answer; equal to num_steps with Euler's method and no guidance.
         metric: Name of `value`.
-        value: Share of exactly right answers, in [0, 1], the model choosing their length.
+        value: The metric, in [0, 1], the model choosing the length of its answers.
         by_kind: The same for each kind of question, where rows have kinds.
         oracle_value: The same where the model is told the true length, for a model that predicts lengths; else None.
         latency_ms_batch_1: Median time of one request alone, text to text.
@@ -74,6 +74,7 @@ def evaluate_model(
         raise ValueError("nothing to evaluate: no row is left after the filter")
     generator = yan_core.load(folder, device)
     metric = get_task(generator.details["task"]).metric
+    score = METRICS[metric]
     # A model that writes lower case alone is scored in lower case.
     references = [[generator.tokenizer.normalize(a) for a in r["answers"]] for r in rows]
     # Rows of like length share a batch; the seeds keep each answer the same in any order.
@@ -97,18 +98,18 @@ def evaluate_model(
         answers = answer_all(steps, oracle=False)
         oracle_value = None
         if generator.model.length is not None:
-            oracle_value = exact_match(answer_all(steps, oracle=True), references)
+            oracle_value = score(answer_all(steps, oracle=True), references)
         kinds = sorted({r["kind"] for r in rows if r.get("kind")})
         by_kind = {}
         for kind in kinds:
             chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
-            by_kind[kind] = exact_match([answers[i] for i in chosen], [references[i] for i in chosen])
+            by_kind[kind] = score([answers[i] for i in chosen], [references[i] for i in chosen])
         latency_ms, nfe = _latency_ms(generator, [r["source"] for r in rows[:20]], steps, how)
         quality = Quality(
             num_steps=steps,
             nfe=nfe,
             metric=metric,
-            value=exact_match(answers, references),
+            value=score(answers, references),
             by_kind=by_kind,
             oracle_value=oracle_value,
             latency_ms_batch_1=latency_ms,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from yan_core.metrics import exact_match, normalize_answer
+from yan_core.metrics import METRICS, exact_match, normalize_answer, token_f1
+from yan_core.tasks import TASKS
 
 
 def test_share_of_answers_that_equal_a_reference() -> None:
@@ -23,3 +24,13 @@ def test_nothing_to_score_or_different_lengths_are_refused() -> None:
         exact_match([], [])
     with pytest.raises(ValueError, match="got 1 answers for 2 lists"):
         exact_match(["a"], [["a"], ["b"]])
+
+
+def test_token_f1_is_of_the_best_reference() -> None:
+    assert token_f1(["the red apple"], [["a pear", "red apple"]]) == pytest.approx(2 * 2 / 5)
+    assert token_f1(["a a b"], [["a b b"]]) == pytest.approx(2 / 3)  # a word counts as often as both have it
+    assert token_f1(["", "x", "x"], [[""], [""], []]) == pytest.approx(1 / 3)
+
+
+def test_every_task_is_scored_by_a_metric_there_is() -> None:
+    assert {task.metric for task in TASKS.values()} <= set(METRICS)
