@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -77,11 +78,16 @@ def _plain(value: Any) -> Any:
 
 
 def _with_nearest(message: str) -> str:
+    """jsonargparse's message about an unknown key, with the nearest known one."""
     known = dotted_keys(to_dict(RunConfig()))
-    words = [w.strip("'\",.:") for w in message.replace("=", " ").split()]
-    for word in words:
-        name = word.removeprefix("--")
-        if name and name not in known and any(m in message for m in ("unrecognized", "not accept")):
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if in_group:
+        names = [f"{in_group[1]}.{in_group[2]}"]
+    else:
+        words = [w.strip("'\",.:") for w in message.replace("=", " ").split()]
+        names = [w.removeprefix("--") for w in words] if re.search("unrecognized|not accept", message) else []
+    for name in names:
+        if name and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
                 k for k in known if difflib.get_close_matches(name.split(".")[-1], [k.split(".")[-1]], n=1, cutoff=0.75)
             ]
