@@ -104,7 +104,7 @@ class TokenDecoder(nn.Module):
             latents: [batch, length, latent_dim].
             with_log_probs: Whether to give the tokens' log-probabilities too.
             tokens_at_once: Rows of logits at a time.
-            logits_at_once: Numbers of logits at a time, the vocabulary being read in blocks. None: 2**27 on a GPU, 2**22
+            logits_at_once: Numbers of logits at a time, the vocabulary read in blocks. None: 2**27 on a GPU, 2**22
                 on a CPU, which stay in its cache (a batch of 64 took 3.9 s so, 4.9 s in one block; EXPERIMENTS).
 
         Returns:
