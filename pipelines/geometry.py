@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,14 @@ from yan_core.model import FlowNetwork, Source, YanModel, build_model
 from yan_core.moe import gate_log_probs
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
-from yan_core.training import build_optimizer, draw_solver_steps, freeze_all_but, learning_rate, train_step
+from yan_core.training import (
+    TrainingFailed,
+    build_optimizer,
+    draw_solver_steps,
+    freeze_all_but,
+    learning_rate,
+    train_step,
+)
 
 # --- points in the plane ----------------------------------------------------------------------------------------------
 
@@ -289,7 +297,11 @@ def train_and_measure(job: Job, settings: Settings) -> Trained:
 
 
 def train_all(settings: Settings, processes: int) -> Iterator[Trained]:
-    """Every training, in the order they finish, spread over processes of one thread each."""
+    """Every training, in the order they finish, spread over processes of one thread each.
+
+    Raises:
+        TrainingFailed: If one of the processes dies.
+    """
     jobs = sorted(settings.jobs, key=lambda job: -job.num_experts)  # the long ones first
     if processes == 1:
         yield from (train_and_measure(job, settings) for job in jobs)
@@ -299,10 +311,12 @@ def train_all(settings: Settings, processes: int) -> Iterator[Trained]:
     try:
         for done in as_completed([pool.submit(train_and_measure, job, settings) for job in jobs]):
             yield done.result()
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise TrainingFailed("a training process was killed from outside; --processes 1 needs no other") from error
         raise
     pool.shutdown()
 
