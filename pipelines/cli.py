@@ -142,7 +142,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--model", required=True, help="model folder, such as runs/world/model")
     parser.add_argument("--config", required=True, help="YAML whose data set gives columns, row filter and template")
     parser.add_argument("--data", required=True, help="file with the data set's columns")
-    parser.add_argument("--num-steps", type=int, default=3, help="solver steps = forward passes")
+    parser.add_argument("--num-steps", type=int, default=3, help="solver steps; one forward pass each with Euler")
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
     parser.add_argument("--method", choices=get_args(Method), default=None, help="ODE solver; default: the config's")
     parser.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance, 1 is none")

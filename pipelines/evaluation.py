@@ -29,7 +29,7 @@ class Quality:
         metric: Name of `value`.
         value: The metric, in [0, 1], the model choosing the length of its answers.
         by_kind: The same for each kind of question, where rows have kinds.
-        oracle_value: The same where the model is told the true length, for a model that predicts lengths; else None.
+        oracle_value: The same where the model is told the length of the (first) right answer.
         latency_ms_batch_1: Median time of one request alone, text to text.
         examples: Source, target and answer of some rows.
     """
@@ -39,7 +39,7 @@ class Quality:
     metric: str
     value: float
     by_kind: dict[str, float]
-    oracle_value: float | None
+    oracle_value: float
     latency_ms_batch_1: float
     examples: list[dict[str, str]]
 
@@ -96,9 +96,7 @@ def evaluate_model(
 
     for steps in num_steps:
         answers = answer_all(steps, oracle=False)
-        oracle_value = None
-        if generator.model.length is not None:
-            oracle_value = score(answer_all(steps, oracle=True), references)
+        oracle_value = score(answer_all(steps, oracle=True), references)
         kinds = sorted({r["kind"] for r in rows if r.get("kind")})
         by_kind = {}
         for kind in kinds:
@@ -138,7 +136,7 @@ def _latency_ms(
 
 def summary(quality: Quality, num_rows: int, folder: Path, data: str) -> dict[str, Any]:
     """What `yan evaluate --json` writes."""
-    oracle = {} if quality.oracle_value is None else {f"{quality.metric}_oracle_length": quality.oracle_value}
+    oracle = {f"{quality.metric}_oracle_length": quality.oracle_value}
     by_kind = {f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}
     return {
         "metrics": {quality.metric: quality.value, **by_kind, **oracle},

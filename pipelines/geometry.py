@@ -37,7 +37,7 @@ from yan_core.config import (
     unknown_name,
 )
 from yan_core.files import code_commit, write_file
-from yan_core.loss import LOSS_NAMES, match_flow
+from yan_core.loss import match_flow, weigh
 from yan_core.model import FlowNetwork, Source, YanModel, build_model
 from yan_core.moe import gate_log_probs
 from yan_core.noise import Stream, fold, normal, uniform
@@ -222,10 +222,8 @@ class PointLoss:
         source, mask = no_source(self.flow, len(x_1)), batch.target_mask
         weight = mask.to(x_1.dtype)
         terms = match_flow(self.flow, x_0, x_1, t, source, mask, weight, batch.keys, self.config, num_steps).terms
-        weights = {f"loss_{name}": getattr(self.config, f"weight_{name}") for name in LOSS_NAMES}
-        weights["gate_entropy"] = -self.config.weight_entropy
-        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        return total, {name: value.detach() for name, value in terms.items()}
+        output = weigh(terms, self.config)
+        return output.total, output.parts
 
 
 def train_flow(job: Job, settings: Settings) -> FlowNetwork:

@@ -283,7 +283,7 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
 
     def show(q: Quality) -> None:
         kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
-        oracle = "" if q.oracle_value is None else f"  (told the length: {q.oracle_value:.4f})"
+        oracle = f"  (told the length: {q.oracle_value:.4f})"
         say(
             f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{oracle}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)"
         )
@@ -294,12 +294,11 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     quality = evaluate_model(model, rows, steps, batch_size, device, how, on_done=show)
     for q in quality:
         named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
-        if q.oracle_value is not None:
-            named[f"eval/{q.metric}_oracle_length"] = q.oracle_value
+        named[f"eval/{q.metric}_oracle_length"] = q.oracle_value
         tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
-    best = quality[len(quality) // 2]
-    tracker.table([{**e, "num_steps": str(best.num_steps)} for e in best.examples], "examples.json")
-    tracker.quality_picture({q.num_steps: q.value for q in quality}, best.metric, config.name)
+    middle = quality[len(quality) // 2]
+    tracker.table([{**e, "num_steps": str(middle.num_steps)} for e in middle.examples], "examples.json")
+    tracker.quality_picture({q.num_steps: q.value for q in quality}, middle.metric, config.name)
     return quality
 
 

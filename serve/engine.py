@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import yan_core
 from serve.schemas import FieldError, GenerateRequest, must_be
 from yan_core.generator import Generation
@@ -37,12 +39,14 @@ class Engine:
             num_steps: Solver steps of a request that names none.
             max_batch_size: Most requests of a batch.
             max_source_chars: Longest source, in characters.
-            device: Where the model runs.
+            device: Where the model runs; on a GPU in bfloat16 and by CUDA graphs.
 
         Raises:
             CheckpointError: If the folder is missing, damaged or of another format.
         """
-        self.generator = yan_core.load(folder, device)
+        on_gpu = torch.device(device).type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.generator = yan_core.load(folder, device, dtype, use_graphs=on_gpu)
         self.num_steps, self.max_batch_size, self.max_source_chars = num_steps, max_batch_size, max_source_chars
         self.max_tokens = self.generator.model.config.max_positions
         self._warm = False

@@ -114,7 +114,11 @@ class ARDecoder(nn.Module):
         ).logits
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the target's tokens, a scalar."""
+        """Mean cross-entropy of the target's tokens, nats a token, a scalar.
+
+        Args:
+            batch: Source and target ids with their masks, [batch, source_length] and [batch, length].
+        """
         logits = self(batch.source_ids, batch.source_mask, batch.target_ids)
         cross_entropy = F.cross_entropy(logits.transpose(1, 2).float(), batch.target_ids, reduction="none")
         return (cross_entropy * batch.target_mask).sum() / batch.target_mask.sum().clamp_min(1)
@@ -236,9 +240,14 @@ class MaskedDiffusion(nn.Module):
         return self.head(self.norm(x[:, :length]))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy of masked target tokens, divided by the share masked, a scalar.
+        """Cross-entropy of masked target tokens, divided by the share masked, nats a target token, a scalar.
 
         The share t ~ U(0.001, 1) of a row and its masked places follow from the row's key.
+
+        Args:
+            batch: Source and target ids with their masks, [batch, source_length] and [batch, length], and keys [batch].
+
+        Source: LLaDA, arXiv:2502.09992.
         """
         t = 0.001 + 0.999 * uniform(batch.keys, Stream.TIME, (1,))
         masked = (uniform(batch.keys, Stream.CORRUPTION, (batch.target_ids.shape[1],)) < t) & batch.target_mask
@@ -248,7 +257,17 @@ class MaskedDiffusion(nn.Module):
 
     @torch.no_grad()
     def unmask(self, target_ids: Tensor, source_ids: Tensor, source_mask: Tensor | None, count: int) -> Tensor:
-        """One pass: fill the `count` masked places of each row whose likeliest token is the likeliest; ids as given."""
+        """One pass: fill those masked places of each row whose likeliest token is the likeliest.
+
+        Args:
+            target_ids: int64, partly mask_id, [batch, length].
+            source_ids: int64, [batch, source_length].
+            source_mask: True for real tokens, [batch, source_length]; None: all are.
+            count: Places to fill in each row, at most as many as are masked.
+
+        Returns:
+            Target ids with `count` fewer masks a row, [batch, length].
+        """
         logits = self(target_ids, source_ids, source_mask).float()
         logits[..., self.mask_id] = -torch.inf
         best, ids = logits.max(-1)

@@ -42,7 +42,7 @@ class Batch:
     target_mask: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
+        """The same batch on a device; shapes as they are."""
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
     @property
@@ -110,6 +110,14 @@ def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLoss
     Each row is followed by end-of-text tokens up to a length drawn between its own and the longest row's, so that
     targets of any length are met. The corrupted row keeps the target's length: infilling shortens it, and without the
     places at its end the last tokens would have none.
+
+    Args:
+        rows: Token ids of each row.
+        keys: int64, [batch].
+        config: How much is corrupted.
+
+    Returns:
+        Source and target of the same [batch, length], length that of the longest row.
     """
     target, text_mask = pad_rows(rows, EOS)
     length = target.shape[1]
@@ -124,15 +132,31 @@ def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLoss
 
 
 def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig, fill: bool = True) -> Batch:
-    """Stage 2 on plain text: the source has masked spans, the target is the whole text; `fill` as in `task_batch`, up
-    to the longest row.
+    """Stage 2 on plain text: the source has masked spans, the target is the whole text.
+
+    Args:
+        rows: Token ids of each row.
+        keys: int64, [batch].
+        config: Share of masked tokens and longest span.
+        fill: Whether targets are filled with end-of-text tokens up to the longest row, or keep their own length.
+
+    Returns:
+        Source and target of the same [batch, length], length that of the longest row.
     """
     text, mask = pad_rows(rows, PAD)
     source, source_mask = infill_spans(text, mask, keys, config.corpus_mask_share, config.corpus_max_span)
+    source_mask = _drop_sources(source_mask, keys, config)
     if not fill:
         return Batch(keys, source, source_mask, text, mask)
     target, _ = pad_rows(rows, EOS)
     return Batch(keys, source, source_mask, target, torch.ones_like(mask))
+
+
+def _drop_sources(source_mask: Tensor, keys: Tensor, config: FlowLossConfig) -> Tensor:
+    """The mask with some rows all False, as guidance wants; both [batch, source_length]."""
+    if not config.source_drop_share:
+        return source_mask
+    return source_mask & (uniform(keys, Stream.SOURCE_DROP, (1,)) >= config.source_drop_share)
 
 
 def task_batch(
@@ -148,18 +172,20 @@ def task_batch(
     Args:
         sources: Token ids of each source.
         targets: Token ids of each target, at most `target_length`.
-        keys: [batch].
+        keys: int64, [batch].
         config: Shares of the source that are hidden.
         target_length: Places of a filled target.
         fill: Whether targets are filled with end-of-text tokens to `target_length`, or keep their own length (an empty
             one is a single end-of-text token).
+
+    Returns:
+        Source [batch, source_length] and target [batch, target_length], or as long as the longest target.
     """
     source, source_mask = pad_rows(sources, PAD)
     if config.source_mask_share:
         hidden = uniform(keys, Stream.SOURCE_MASK, (source.shape[1],)) < config.source_mask_share
         source = source.masked_fill(hidden & source_mask, MASK)
-    if config.source_drop_share:
-        source_mask = source_mask & (uniform(keys, Stream.SOURCE_DROP, (1,)) >= config.source_drop_share)
+    source_mask = _drop_sources(source_mask, keys, config)
     target, mask = pad_rows(targets, EOS, target_length if fill else None)
     if fill:
         return Batch(keys, source, source_mask, target, torch.ones_like(mask))

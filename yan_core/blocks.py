@@ -193,7 +193,7 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Scale and shift normalised features x [batch, length, d_model] by [batch, d_model] each."""
+    """Scale and shift normalised features x [batch, length, d_model] by [batch, d_model], or [1, d_model], each."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -131,7 +131,12 @@ def from_pretrained(
     return model.to(device).eval(), tokenizer, config["details"]
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TextGenerator:
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    use_graphs: bool = False,
+) -> TextGenerator:
     """Read a model folder for generation: `yan_core.load("runs/world/model").generate(["..."])`.
 
     Args:
@@ -139,6 +144,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         device: Where it runs.
         dtype: Of weights and latents; torch.bfloat16 halves the memory and is several times as fast where the hardware
             has it.
+        use_graphs: Meet few shapes only, and replay CUDA graphs on a GPU; see `TextGenerator`.
 
     Raises:
         CheckpointError: If the folder is missing, damaged or of another format.
@@ -146,4 +152,4 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     from yan_core.generator import TextGenerator
 
     model, tokenizer, details = from_pretrained(folder, device)
-    return TextGenerator(model.to(dtype), tokenizer, details)
+    return TextGenerator(model.to(dtype), tokenizer, details, use_graphs)

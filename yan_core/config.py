@@ -51,7 +51,7 @@ class EncoderConfig:
     """A token encoder: embedding, positions, bidirectional blocks (METHOD: arXiv:2604.15009, stage 1)."""
 
     num_blocks: int = 2
-    """Bidirectional Transformer blocks."""
+    """Bidirectional blocks of model.mixer."""
     conv_kernel: int = 0
     """Width of a short depthwise convolution before each block; 0 = none. It lets a small source encoder bind the words
     of one statement, if half of it spans the statement: on bAbI 13 left the plateau after 300 steps, 7 after 700
@@ -64,7 +64,8 @@ class EncoderConfig:
     """Above 0, attention starts with keys equal to queries, this many times larger than otherwise: a name in the
     question then finds the same name in the statements from the first step (EXPERIMENTS, 2026-11-23)."""
     positions: tuple[str, ...] = ("rotary", "start")
-    """Any of `rotary` (in the attention), `start` (learned, from the first token), `end` (learned, from the last)."""
+    """Any of `rotary` (in the attention; a Mamba mixer has none), `start` (learned, from the first token) and `end`
+    (learned, from the last)."""
 
     def __post_init__(self) -> None:
         allowed = ("rotary", "start", "end")
@@ -167,10 +168,17 @@ class ModelConfig:
             f"model.top_k must be in [0, model.num_experts={self.num_experts}], got {self.top_k}",
         )
         _require(
+            self.top_k != 1 or self.num_experts == 1,
+            "model.top_k must be 0 or >= 2: beside one expert alone the gate has nothing to learn from",
+        )
+        _require(
             self.mixer == "attention" or not (self.source_encoder.matching_gain or self.target_encoder.matching_gain),
             "model.*_encoder.matching_gain is for attention and must be 0 with model.mixer=mamba",
         )
-        _require(self.latent_dim >= 0, f"model.latent_dim must be >= 0, got {self.latent_dim}")
+        _require(
+            self.latent_dim >= 0 and self.latent_dim != 1,
+            f"model.latent_dim must be 0 or >= 2 (latents are normalised), got {self.latent_dim}",
+        )
         _require(
             not (self.share_encoder and self.latent_dim),
             "model.latent_dim must be 0 with model.share_encoder, whose latents the flow reads as a source too",
@@ -198,7 +206,7 @@ class AutoencoderLossConfig:
     max_span: int = 3
     """Longest masked span, in tokens."""
     weight_l2: float = 1e-4
-    """Weight of the mean squared latent."""
+    """Weight of the mean squared latent; a norm ends the encoder, so that it is 1 already, but for rounding."""
     weight_mmd: float = 0.1
     """Weight of the maximum mean discrepancy between latents and N(0, I)."""
     mmd_tokens: int = 256
@@ -220,7 +228,8 @@ class FlowLossConfig:
     """Stages 2 and 3: mixture-of-experts flow matching and the losses through the solver (arXiv:2604.15009)."""
 
     sigma: float = 1.0
-    """Standard deviation of a velocity component around its expert; large values give plain flow matching."""
+    """Standard deviation of a component of what an expert predicts (model.prediction) around it; large values give
+    plain flow matching."""
     likelihood: Literal["joint", "marginal"] = "joint"
     """`joint` ties one expert to the path at t = 0 and at t; `marginal` is the paper's, at t alone."""
     expert_draw: Literal["posterior", "prior"] = "posterior"
@@ -250,9 +259,10 @@ class FlowLossConfig:
     fill_weight: float = 0.1
     """Weight of the end-of-text tokens after the first one, which fill a short target up and are never shown."""
     source_mask_share: float = 0.0
-    """Share of source tokens replaced by the mask token in training, a regulariser for small data."""
+    """Share of source tokens replaced by the mask token in fine-tuning, a regulariser for small data."""
     source_drop_share: float = 0.0
-    """Share of rows that lose their whole source in training, which classifier-free guidance needs (0.1 is usual)."""
+    """Share of rows that lose their whole source in stages 2 and 3, which classifier-free guidance needs (0.1 is
+    usual)."""
     weight_length: float = 0.1
     """Weight of the length head's cross-entropy, where model.length is `predicted`."""
     weight_l2: float = 0.0

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from yan_core.batching import pad_rows
 from yan_core.config import Method, Ranking
+from yan_core.graphs import GraphCache
 from yan_core.model import YanModel
 from yan_core.sampler import sample
+from yan_core.solver import evaluation_times, time_grid
 from yan_core.tasks import get_task
 from yan_core.tokenization import Tokenizer
 
 SOURCE_BUCKET = 16
-"""A source computed by itself is padded to a multiple of so many tokens, so that few shapes are met."""
+"""Where shapes must be few, sources are padded to a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Generation:
         source_tokens: Tokens of the source that were read.
         source_tokens_cut: Tokens of the source that were cut off to fit.
         num_steps: Solver steps.
-        nfe: Trunk passes.
+        nfe: Trunk passes of each candidate.
         finished: Whether the text ended by itself rather than at the limit.
         latency_ms: Time of the whole batch from text to text, in milliseconds.
     """
@@ -48,8 +52,19 @@ class Generation:
 class TextGenerator:
     """A loaded model that answers texts."""
 
-    def __init__(self, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:
-        """Join model, tokenizer and the details they were saved with."""
+    def __init__(
+        self, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any], use_graphs: bool = False
+    ) -> None:
+        """Join model, tokenizer and the details they were saved with.
+
+        Args:
+            model: In evaluation mode.
+            tokenizer: Its tokenizer.
+            details: Task and lengths, as `save_pretrained` got them.
+            use_graphs: Pad batches to a power of two and sources to a multiple of 16 tokens, and on a GPU replay a CUDA
+                graph for each such shape and kind of request.
+        """
+        self.graphs = GraphCache() if use_graphs else None
         self.model, self.tokenizer, self.details = model, tokenizer, details
         self.task = get_task(details["task"])
         self.max_source_tokens = int(details["max_source_tokens"])
@@ -82,9 +97,9 @@ class TextGenerator:
             guidance_scale: Classifier-free guidance, 1 is none; other values double the trunk passes.
             num_candidates: Answers drawn for each source in one batch, of which the best is given.
             ranking: `bayes_risk`, the one most like the others, or `confidence`, the one the decoder is surest of.
-            lengths: Each answer's number of tokens, where it is known, for a model with model.length=predicted.
-            deterministic: Compute every source by itself, in a shape that its own length decides, so that rounding too
-                is the same in any company. Slower, as nothing is shared.
+            lengths: Each answer's number of tokens, where it is known.
+            deterministic: Draw the noise on the CPU and compute every source by itself, in a shape that its own length
+                decides, so that rounding too is the same in any company. Slower, as nothing is shared.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -104,26 +119,32 @@ class TextGenerator:
         places = self.max_target_tokens if max_tokens is None else max_tokens
         encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
         rows: list[list[int]] = []
-        nfe = 0
+        passes = evaluation_times(time_grid(num_steps), method)
+        nfe = len(passes) * (1 if guidance_scale == 1.0 else 2)
+        how: dict[str, Any] = {
+            "num_steps": num_steps,
+            "method": method,
+            "guidance_scale": guidance_scale,
+            "num_candidates": num_candidates,
+            "ranking": ranking,
+        }
+        graphs = None if deterministic or lengths is not None else self.graphs
         for chosen in [[i] for i in range(len(sources))] if deterministic else [list(range(len(sources)))]:
             longest = max(len(encodings[i].ids) for i in chosen)
-            padded = -(-longest // SOURCE_BUCKET) * SOURCE_BUCKET if deterministic else max(1, longest)
+            padded, device = max(1, longest), self.device
+            if deterministic:
+                device = torch.device("cpu")  # of the draws
+            if deterministic or graphs is not None:
+                padded = min(-(-padded // SOURCE_BUCKET) * SOURCE_BUCKET, self.model.config.max_positions)
             ids, mask = pad_rows([encodings[i].ids for i in chosen], Tokenizer.pad_id, padded)
-            drawn = sample(
-                self.model,
-                ids.to(self.device),
-                mask.to(self.device),
-                places,
-                torch.tensor([seeds[i] for i in chosen]),
-                num_steps,
-                method=method,
-                guidance_scale=guidance_scale,
-                num_candidates=num_candidates,
-                ranking=ranking,
-                lengths=None if lengths is None else torch.tensor([lengths[i] for i in chosen]),
-            )
-            rows += drawn.ids.tolist()
-            nfe = drawn.nfe
+            keys = torch.tensor([seeds[i] for i in chosen])
+            if graphs is None:
+                told = None if lengths is None else torch.tensor([lengths[i] for i in chosen])
+                inputs = ids.to(self.device), mask.to(self.device)
+                found = sample(self.model, *inputs, places, keys.to(device), lengths=told, **how).ids
+            else:
+                found = self._replay(graphs, ids, mask, places, keys, how)[: len(chosen)]
+            rows += found.tolist()
         answers = [self.tokenizer.until_eos(row) for row in rows]
         texts = [self.tokenizer.decode(answer) for answer in answers]
         latency_ms = (time.perf_counter() - started) * 1000
@@ -135,8 +156,20 @@ class TextGenerator:
                 source_tokens_cut=encoding.num_cut,
                 num_steps=num_steps,
                 nfe=nfe,
-                finished=len(answer) < places,
+                finished=len(answer) < places or self.model.length is not None,
                 latency_ms=latency_ms,
             )
             for text, answer, encoding in zip(texts, answers, encodings, strict=True)
         ]
+
+    def _replay(
+        self, graphs: GraphCache, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, how: dict[str, Any]
+    ) -> Tensor:
+        """Token ids of a batch filled up to a power of two with empty rows, [power of two, places]."""
+        extra = 2 ** (len(seeds) - 1).bit_length() - len(seeds)
+        filled = F.pad(ids, (0, 0, 0, extra)), F.pad(mask, (0, 0, 0, extra)), F.pad(seeds, (0, extra))
+
+        def draw(ids: Tensor, mask: Tensor, seeds: Tensor) -> Tensor:
+            return sample(self.model, ids, mask, places, seeds, **how).ids
+
+        return graphs.call((places, *how.values()), draw, *(value.to(self.device) for value in filled))

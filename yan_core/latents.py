@@ -69,6 +69,27 @@ class TokenEncoder(nn.Module):
         return self.norm(self.latent_out(x))
 
 
+def highest(logits: Tensor, width: int = 256) -> tuple[Tensor, Tensor]:
+    """Highest of logits [tokens, vocab] and its index, both [tokens]; of equals the first.
+
+    On a CPU the maximum of each `width` logits first, which is vectorised, and then the index within one of them alone:
+    4 to 8 times as fast as `max`, which took 8 % of a request's time (EXPERIMENTS, 2026-11-23).
+    """
+    blocks = logits.shape[-1] // width
+    if logits.is_cuda or blocks < 2:
+        best = logits.max(-1)
+        return best.values, best.indices
+    whole = logits[:, : blocks * width].unflatten(-1, (blocks, width))
+    top, block = whole.amax(-1).max(-1)
+    inside = whole[torch.arange(len(logits), device=logits.device), block].argmax(-1)
+    index = block * width + inside
+    if blocks * width == logits.shape[-1]:
+        return top, index
+    rest = logits[:, blocks * width :].max(-1)
+    later = rest.values > top
+    return torch.where(later, rest.values, top), torch.where(later, rest.indices + blocks * width, index)
+
+
 class TokenDecoder(nn.Module):
     """Latents -> logits over the vocabulary, each token by itself."""
 
@@ -97,6 +118,7 @@ class TokenDecoder(nn.Module):
         with_log_probs: bool = False,
         tokens_at_once: int = 1024,
         logits_at_once: int | None = None,
+        never: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Most likely tokens, never holding more than `logits_at_once` logits (of one token, at least one).
 
@@ -106,6 +128,7 @@ class TokenDecoder(nn.Module):
             tokens_at_once: Rows of logits at a time.
             logits_at_once: Numbers of logits at a time, the vocabulary read in blocks. None: 2**27 on a GPU, 2**22
                 on a CPU, which stay in its cache (a batch of 64 took 3.9 s so, 4.9 s in one block; EXPERIMENTS).
+            never: A token that is not to be read, its probability given to the others.
 
         Returns:
             Token ids and their log-probabilities (float32) or None, both [batch, length].
@@ -115,9 +138,9 @@ class TokenDecoder(nn.Module):
         ids, log_probs = [], []
         for part in self.hidden(latents).flatten(0, -2).split(tokens_at_once):
             block = max(1, logits_at_once // len(part))
-            best, found, log_total = self._read_block(part, 0, block, with_log_probs)
+            best, found, log_total = self._read_block(part, 0, block, with_log_probs, never)
             for start in range(block, self.head.out_features, block):
-                top, index, log_sum = self._read_block(part, start, block, with_log_probs)
+                top, index, log_sum = self._read_block(part, start, block, with_log_probs, never)
                 found = torch.where(top > best, index, found)  # of equals the first, as argmax has it
                 best = torch.maximum(best, top)
                 log_total = torch.logaddexp(log_total, log_sum)
@@ -126,10 +149,14 @@ class TokenDecoder(nn.Module):
         shape = latents.shape[:-1]
         return torch.cat(ids).view(shape), torch.cat(log_probs).view(shape) if with_log_probs else None
 
-    def _read_block(self, hidden: Tensor, start: int, block: int, with_log_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_block(
+        self, hidden: Tensor, start: int, block: int, with_log_sum: bool, never: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Highest logit among `block` tokens from `start` on, its token and the log-sum-exp where asked; [tokens]."""
         rows = slice(start, start + block)
         logits = F.linear(hidden, self.head.weight[rows], self.head.bias[rows])
-        top, index = logits.max(-1)
+        if never is not None and start <= never < start + block:
+            logits[:, never - start] = -torch.inf
+        top, index = highest(logits)
         log_sum = logits.float().logsumexp(-1) if with_log_sum else torch.zeros_like(top, dtype=torch.float32)
         return top, index + start, log_sum

@@ -19,6 +19,7 @@ from yan_core.moe import (
     balance_loss,
     choose_experts,
     draw_expert,
+    expert_shares,
     gate_entropy,
     gate_log_probs,
     scope_length,
@@ -101,7 +102,7 @@ def latent_terms(latents: Tensor, mask: Tensor, keys: Tensor, mmd_tokens: int) -
     """
     real = latents[mask].float()
     order = uniform(keys, Stream.MMD, (mask.shape[1],))[mask].argsort()[:mmd_tokens]
-    prior = normal(keys[:1], Stream.MMD, (len(order), real.shape[1]))[0]
+    prior = normal(keys[:1], Stream.MMD, (len(order), real.shape[1]))[0].to(real.dtype)
     return real.square().mean(), maximum_mean_discrepancy(real[order], prior)
 
 
@@ -110,8 +111,13 @@ def autoencoder_loss(model: YanModel, batch: Batch, config: AutoencoderLossConfi
 
     Args:
         model: Its target encoder and decoder are used.
-        batch: From `autoencoder_batch`.
+        batch: From `autoencoder_batch`; source and target [batch, length].
         config: Weights and noise.
+
+    Returns:
+        The total, and loss_ce (nats a token), loss_l2, loss_mmd and token_accuracy (a share), all scalars.
+
+    Source: arXiv:2604.15009, stage 1.
     """
     mask = batch.target_mask
     latents = model.encode_target(batch.source_ids, mask)
@@ -209,7 +215,8 @@ def match_flow(
     log_0 = log_likelihood(features_0) if joint or features_t is None else None
     if features_t is None:
         assert log_0 is not None
-        guess = _guess(flow, x_0, features_0, _pick(routed, draw_expert(prior_0 + log_0, uniforms)), tokens)
+        known = prior_0 + log_0 if config.expert_draw == "posterior" else prior_0
+        guess = _guess(flow, x_0, features_0, _pick(routed, draw_expert(known, uniforms)), tokens)
         kept = uniform(keys, Stream.GUESS, (1, 1)) < 0.5  # half of the rows do without, as at the first step
         features_t = flow.trunk(path.x_t, at_t, source, mask, guess * kept)
 
@@ -225,7 +232,7 @@ def match_flow(
     loss_flow = -log_joint.logsumexp(-1).sum() / (total_weight * x_1.shape[-1])
 
     responsibility = log_joint.detach().softmax(-1)
-    scope_is_real = sum_scopes(mask[..., None].to(prior.dtype), mask, tokens)[..., 0] > 0
+    scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
     loss_gate = -((responsibility * prior).sum(-1) * scope_is_real).sum() / scope_is_real.sum().clamp_min(1)
 
     # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
@@ -236,15 +243,15 @@ def match_flow(
     endpoint = solve(field, x_0, grid)
     loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / total_weight
 
+    shares = expert_shares(gate_0, scope_is_real)
     terms = {
         "loss_flow": loss_flow,
         "loss_end": loss_end,
         "loss_gate": loss_gate,
-        "loss_balance": balance_loss(gate_0),
-        "gate_entropy": gate_entropy(gate_0),
+        "loss_balance": balance_loss(shares),
+        "gate_entropy": gate_entropy(gate_0, scope_is_real),
     }
-    load_max = gate_0.detach().exp().mean((0, 1)).max() * gate_0.shape[-1]
-    return Matching(endpoint, terms, load_max)
+    return Matching(endpoint, terms, shares.detach().max() * len(shares))
 
 
 def _pick(routed: Tensor | None, drawn: Tensor) -> Tensor:
@@ -264,9 +271,18 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
 
     Args:
         model: All of it is used; what is frozen simply gets no gradient.
-        batch: From `infilling_batch` or `task_batch`.
+        batch: From `infilling_batch` or `task_batch`; source [batch, source_length], target [batch, length].
         config: Weights, likelihood and draw.
         num_steps: Euler steps of the solver in this batch.
+
+    Returns:
+        The total, and its unweighted terms by name: loss_flow in nats a token and latent component, loss_end in squared
+        latent units, loss_ce in nats a token, loss_gate in nats a scope, loss_length in nats a row; all scalars.
+
+    Raises:
+        ValueError: If num_steps is below 1.
+
+    Source: arXiv:2604.15009, stages 2 and 3; joint likelihood, posterior draw and gate term are ours.
     """
     mask = batch.target_mask
     weight = token_weights(batch.target_ids, mask, config.fill_weight)
@@ -279,18 +295,26 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
     terms = dict(matching.terms)
     terms["loss_ce"] = weighted_cross_entropy(model.decoder(matching.endpoint), batch.target_ids, weight)
     if model.length is not None:
-        terms["loss_length"] = F.cross_entropy(model.length(source.mean).float(), mask.sum(-1) - 1)
+        terms["loss_length"] = F.cross_entropy(model.length(source.mean).float(), mask.sum(-1).clamp_min(1) - 1)
     if config.weight_l2 or config.weight_mmd:
         terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens)
-    weights = {f"loss_{name}": getattr(config, f"weight_{name}") for name in LOSS_NAMES}
-    weights["gate_entropy"] = -config.weight_entropy
+    output = weigh(terms, config)
+    return LossOutput(output.total, {**output.parts, "expert_load_max": matching.load_max})
+
+
+def weigh(terms: dict[str, Tensor], config: FlowLossConfig) -> LossOutput:
+    """Sum terms `loss_<name>` by `flow_loss.weight_<name>`, less the gate's entropy by `weight_entropy`.
+
+    Args:
+        terms: Scalars by name.
+        config: Weights.
+    """
+    weights = {
+        name: -config.weight_entropy if name == "gate_entropy" else getattr(config, f"weight_{name[len('loss_') :]}")
+        for name in terms
+    }
     total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-    parts = {name: value.detach() for name, value in terms.items()}
-    return LossOutput(total, {**parts, "expert_load_max": matching.load_max})
-
-
-LOSS_NAMES = ("flow", "end", "ce", "gate", "balance", "length", "l2", "mmd")
-"""Terms of the flow's objective; `flow_loss.weight_*` weighs each."""
+    return LossOutput(total, {name: value.detach() for name, value in terms.items()})
 
 
 class Objective(nn.Module):
@@ -301,7 +325,7 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total loss and its parts; `num_steps` is the solver's and without meaning in stage 1."""
+        """Total loss and its parts, scalars, of rows [batch, length]; `num_steps` has no meaning in stage 1."""
         if isinstance(self.config, AutoencoderLossConfig):
             output = autoencoder_loss(self.model, batch, self.config)
         else:

@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TimeStep:
-    """A time, embedded: [batch, d_model], and each flow block's modulations at it."""
+    """Times, embedded: [batch, d_model] or [1, d_model], and each flow block's modulations at them, alike."""
 
     embedding: Tensor
     modulations: tuple[tuple[Tensor, ...], ...]
@@ -57,6 +57,13 @@ class TimeStep:
         pairs = zip(self.modulations, other.modulations, strict=True)
         modulations = tuple(tuple(torch.cat(two) for two in zip(a, b, strict=True)) for a, b in pairs)
         return TimeStep(torch.cat([self.embedding, other.embedding]), modulations)
+
+    def rows(self) -> list[TimeStep]:
+        """Each row by itself."""
+        return [
+            TimeStep(self.embedding[i : i + 1], tuple(tuple(m[i : i + 1] for m in ms) for ms in self.modulations))
+            for i in range(len(self.embedding))
+        ]
 
 
 class FlowNetwork(nn.Module):
@@ -97,7 +104,7 @@ class FlowNetwork(nn.Module):
         return Source(projected, mean)
 
     def at(self, t: Tensor) -> TimeStep:
-        """Embed times [batch]."""
+        """Embed times [batch]; a single one holds for rows in any number."""
         embedding = self.time(t)
         return TimeStep(embedding, tuple(block.modulations(embedding) for block in self._blocks))
 

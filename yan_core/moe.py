@@ -64,21 +64,36 @@ class ExpertHeads(nn.Module):
         x_ND, expert_N = features_BLD.flatten(0, 1), expert_BL.flatten()
         if self.num_experts == 1:
             return self._head(x_ND, 0).unflatten(0, features_BLD.shape[:2])
+        grouped = x_ND.is_cuda and self._can_group(x_ND)
+        if x_ND.is_cuda and not grouped:
+            return gather_expert(self(features_BLD), expert_BL)
+        counts = [] if grouped else torch.bincount(expert_N, minlength=self.num_experts).tolist()
+        if max(counts, default=0) == len(x_ND):
+            return self._head(x_ND, counts.index(len(x_ND))).unflatten(0, features_BLD.shape[:2])
         order = expert_N.argsort(stable=True)
         x_ND, sorted_N = x_ND[order], expert_N[order]
-        if x_ND.is_cuda:
+        if grouped:
             # No count comes back to the host, so that a CUDA graph can hold this.
             ks = torch.arange(self.num_experts, device=x_ND.device)
             ends_K = torch.searchsorted(sorted_N, ks, right=True).to(torch.int32)
             done_ND = self._grouped(x_ND, sorted_N, ends_K)
         else:
-            counts = torch.bincount(expert_N, minlength=self.num_experts).tolist()
             done_ND = torch.cat([self._head(part, k) for k, part in enumerate(x_ND.split(counts)) if len(part)])
         return torch.empty_like(done_ND).index_copy(0, order, done_ND).unflatten(0, features_BLD.shape[:2])
 
     def _head(self, x_ND: Tensor, k: int) -> Tensor:
         h_NF = F.gelu(torch.addmm(self.b_in_KF[k], x_ND, self.w_in_KDF[k]))
         return torch.addmm(self.b_out_KD[k], h_NF, self.w_out_KFD[k])
+
+    def _can_group(self, x_ND: Tensor) -> bool:
+        """Whether the grouped kernel takes this: bfloat16, rows of a multiple of 16 bytes, a GPU that has it.
+
+        In float32 it would be a loop over experts that waits for the device.
+        """
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
+        widths = (*self.w_in_KDF.shape[1:], self.w_out_KFD.shape[2])
+        aligned = all(width % 8 == 0 for width in widths)
+        return dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(x_ND.device) >= (9, 0)
 
     def _grouped(self, x_ND: Tensor, expert_N: Tensor, ends_K: Tensor) -> Tensor:
         """Heads of tokens sorted by expert in two grouped matrix products; ends_K: each expert's last token, plus 1."""
@@ -111,8 +126,8 @@ def scope_length(config: ModelConfig, length: int) -> int:
 
 
 def sum_scopes(values_BLK: Tensor, weight_BL: Tensor, tokens: int) -> Tensor:
-    """Sum over each scope of `tokens` tokens, by their weights or mask: [batch, scopes, num_experts]."""
-    values = values_BLK * weight_BL[..., None]
+    """Sum over each scope of `tokens` tokens, by their weights or mask: float32, [batch, scopes, num_experts]."""
+    values = values_BLK.float() * weight_BL[..., None]  # a sum of 300 ones in bfloat16 is 256
     short = -values.shape[1] % tokens
     return F.pad(values, (0, 0, 0, short)).unflatten(1, (-1, tokens)).sum(2)
 
@@ -120,7 +135,7 @@ def sum_scopes(values_BLK: Tensor, weight_BL: Tensor, tokens: int) -> Tensor:
 def gate_log_probs(logits_BLK: Tensor, mask_BL: Tensor, tokens: int) -> Tensor:
     """Log mixture weights of each scope, from its tokens' mean logits: [batch, scopes, num_experts]."""
     count = sum_scopes(torch.ones_like(logits_BLK[..., :1]), mask_BL, tokens).clamp_min(1)
-    return F.log_softmax((sum_scopes(logits_BLK, mask_BL, tokens) / count).float(), dim=-1)
+    return F.log_softmax(sum_scopes(logits_BLK, mask_BL, tokens) / count, dim=-1)
 
 
 def velocity_log_likelihood(v_BLKD: Tensor, u_BLD: Tensor, weight_BL: Tensor, sigma: float, tokens: int) -> Tensor:
@@ -175,12 +190,22 @@ def gather_expert(v_BLKD: Tensor, expert_BL: Tensor) -> Tensor:
     return v_BLKD.gather(2, index).squeeze(2)
 
 
-def balance_loss(log_probs_BSK: Tensor) -> Tensor:
-    """KL(mean gate || uniform), a scalar; 0 when the experts are used alike."""
-    mean_K = log_probs_BSK.exp().mean((0, 1))
-    return (mean_K * (mean_K.clamp_min(1e-9).log() + math.log(len(mean_K)))).sum()
+def expert_shares(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
+    """Mean mixture weight of each expert over the scopes that hold a real token, [num_experts].
+
+    Args:
+        log_probs_BSK: From `gate_log_probs`, [batch, scopes, num_experts].
+        real_BS: True for scopes that hold a real token, [batch, scopes].
+    """
+    return (log_probs_BSK.exp() * real_BS[..., None]).sum((0, 1)) / real_BS.sum().clamp_min(1)
 
 
-def gate_entropy(log_probs_BSK: Tensor) -> Tensor:
-    """Mean entropy of the gate, in nats, a scalar."""
-    return -(log_probs_BSK.exp() * log_probs_BSK).sum(-1).mean()
+def balance_loss(share_K: Tensor) -> Tensor:
+    """KL(share || uniform) of the experts' shares [num_experts], in nats; 0 when they are used alike."""
+    return (share_K * (share_K.clamp_min(1e-9).log() + math.log(len(share_K)))).sum()
+
+
+def gate_entropy(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
+    """Mean entropy of the gate in nats, a scalar; arguments as `expert_shares`."""
+    entropy_BS = -(log_probs_BSK.exp() * log_probs_BSK).sum(-1)
+    return (entropy_BS * real_BS).sum() / real_BS.sum().clamp_min(1)

@@ -37,10 +37,10 @@ class Stream(IntEnum):
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    x = x & _MASK  # a tensor of our own, so that the rest needs no memory but the shifted copies
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
 
 
 def fold(keys: Tensor, value: int | Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def uniform(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
 
 
 def normal(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, by Box-Muller; arguments and result as `uniform`."""
+    """Standard normal numbers, float32, [batch, *shape], by Box-Muller; arguments as `uniform`."""
     pair = uniform(keys, stream, (*shape, 2))
     radius = torch.sqrt(-2.0 * torch.log(pair[..., 0]))
     return radius * torch.cos(2.0 * math.pi * pair[..., 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Sample:
     Attributes:
         ids: Token ids, end-of-text tokens and what follows them included, [batch, length].
         expert: Expert of each token, [batch, length].
-        nfe: Trunk passes a candidate; guidance doubles them.
+        nfe: Trunk passes of each candidate; guidance doubles them.
         candidates: Token ids of all candidates, [batch, num_candidates, length].
         scores: What they were ranked by, the higher the better, [batch, num_candidates]; None: there was one.
     """
@@ -61,15 +62,17 @@ def sample(
         source_ids: int64, [batch, source_length].
         source_mask: True for real tokens, [batch, source_length].
         length: Places to fill; the text ends at the first end-of-text token.
-        seeds: int64, [batch].
+        seeds: int64, [batch]. Noise and experts are drawn on the device they are on: drawn on the CPU they are the same
+            to the last bit whatever computes the rest.
         num_steps: Solver steps; with Euler's method and no guidance as many trunk passes.
         method: ODE solver; `midpoint` and `heun` take two trunk passes a step.
-        grid: Increasing times from 0 to 1, in the place of `num_steps` uniform steps.
+        grid: Increasing times from 0 to 1, in the place of `num_steps` uniform steps, which then has no meaning.
         guidance_scale: Classifier-free guidance; 1 is none. Useful where training had flow_loss.source_drop_share.
         num_candidates: Targets drawn for each source in one batch; the first is the one drawn alone.
         ranking: How the best candidate is found.
-        lengths: Each row's own number of tokens, [batch], for a model with model.length=predicted; None: its length
-            head says, the n-th candidate taking the n-th likeliest length.
+        lengths: Each row's number of tokens, [batch], where it is known: the answer then neither ends before nor goes
+            on after it. None: the model's own, which is at the first end-of-text token, or with
+            model.length=predicted what its length head says, the n-th candidate taking the n-th likeliest length.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the model.
@@ -79,27 +82,37 @@ def sample(
         raise ValueError(f"length must be in [1, model.max_positions={config.max_positions}], got {length}")
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be >= 1, got {num_candidates}")
-    if lengths is not None and model.length is None:
-        raise ValueError("lengths are for a model trained with model.length=predicted; this one fills its places")
+    if ranking not in get_args(Ranking):
+        raise ValueError(f"ranking must be one of {', '.join(get_args(Ranking))}, got {ranking!r}")
+    if len(seeds) != len(source_ids):
+        raise ValueError(f"seeds must be one a source: got {len(seeds)} for {len(source_ids)} sources")
+    grid = time_grid(num_steps) if grid is None else grid
+    times = evaluation_times(grid, method)
+    if grid[0] != 0 or grid[-1] != 1:
+        raise ValueError(f"a grid must go from 0 to 1, got {list(grid)}")
+    if lengths is not None and not bool(((lengths >= 1) & (lengths <= length)).all()):
+        raise ValueError(f"lengths must be in [1, length={length}], got {lengths.tolist()}")
     device, batch = source_ids.device, len(seeds)
     # Rows of the batch from here on: all sources with candidate 0, then all with candidate 1, ...
-    keys = torch.cat([fold(seeds.to(device), candidate) for candidate in range(num_candidates)])
+    keys = torch.cat([fold(seeds, candidate) for candidate in range(num_candidates)])
     source = model.encode_source(source_ids, source_mask)
-    mask, length_log_probs = _target_mask(model, source.mean, length, lengths, num_candidates)
+    places, length_log_probs = _text_places(model, source.mean, length, lengths, num_candidates)
+    mask = places if model.length is not None else None
     source = source.repeat(num_candidates)
 
-    grid = time_grid(num_steps) if grid is None else grid
-    x_0 = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.latent_width))
+    x_0 = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.latent_width)).to(device)
     scopes = -(-length // scope_length(config, length))
-    uniforms = uniform(keys, Stream.EXPERT, (scopes,))
-    times = evaluation_times(grid, method)
+    uniforms = uniform(keys, Stream.EXPERT, (scopes,)).to(device)
     field = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=guidance_scale)
     x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, method)
     assert field.expert is not None
 
-    ids, log_probs = model.decoder.read(x_1, with_log_probs=num_candidates > 1 and ranking == "confidence")
-    if mask is not None:
-        ids = ids.masked_fill(~mask, Tokenizer.eos_id)
+    by_confidence = num_candidates > 1 and ranking == "confidence"
+    # A model that ends its texts itself is not let to where their lengths are known.
+    never = Tokenizer.eos_id if model.length is None and lengths is not None else None
+    ids, log_probs = model.decoder.read(x_1, with_log_probs=by_confidence, never=never)
+    if places is not None:
+        ids = ids.masked_fill(~places, Tokenizer.eos_id)
     if num_candidates == 1:
         return Sample(ids, field.expert, field.nfe, ids[:, None], None)
     candidates = ids.unflatten(0, (num_candidates, batch)).transpose(0, 1)
@@ -107,21 +120,23 @@ def sample(
     if log_probs is None:
         scores = minimum_bayes_risk(candidates)
     else:
-        scores = mean_confidence(candidates, log_probs.unflatten(0, (num_candidates, batch)).transpose(0, 1))
-        if length_log_probs is not None:
-            scores = scores + length_log_probs
+        log_probs = log_probs.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+        if places is not None:
+            places = places.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+        scores = mean_confidence(candidates, log_probs, places, length_log_probs)
     return Sample(best_of(candidates, scores), best_of(experts, scores), field.nfe, candidates, scores)
 
 
-def _target_mask(
+def _text_places(
     model: YanModel, source_mean: Tensor, length: int, lengths: Tensor | None, num_candidates: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Real places of each candidate, [num_candidates * batch, length], and its length's log-probability where the
-    model chose it, [batch, num_candidates]; None and None for a model that fills its places.
+    """Places of each candidate's text, [num_candidates * batch, length], where its length is known before it is read,
+    and that length's log-probability where the model chose it, [batch, num_candidates].
     """
-    if model.length is None:
+    if lengths is None and model.length is None:
         return None, None
     if lengths is None:
+        assert model.length is not None
         log_probs, order = (
             model.length(source_mean)[:, :length].float().log_softmax(-1).topk(min(num_candidates, length))
         )
@@ -129,7 +144,5 @@ def _target_mask(
         again = torch.arange(num_candidates, device=order.device) % order.shape[1]
         log_probs, chosen = log_probs[:, again], order[:, again] + 1
     else:
-        if not bool(((lengths >= 1) & (lengths <= length)).all()):
-            raise ValueError(f"lengths must be in [1, length={length}], got {lengths.tolist()}")
         log_probs, chosen = None, lengths.to(source_mean.device)[:, None].expand(-1, num_candidates)
     return torch.arange(length, device=chosen.device) < chosen.T.reshape(-1, 1), log_probs

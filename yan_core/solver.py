@@ -21,6 +21,9 @@ def time_grid(num_steps: int) -> list[float]:
     """`num_steps` + 1 uniform times from 0 to 1. The reference's "n timesteps" are n - 1 of our steps.
 
     Plain numbers, not a tensor: the host needs them to decide what to compute, and to ask a GPU for them would stop it.
+
+    Raises:
+        ValueError: If num_steps is below 1.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
@@ -46,7 +49,7 @@ def evaluation_times(grid: Sequence[float], method: Method = "euler") -> list[fl
         return [t for start, end in steps for t in (start, (start + end) / 2)]
     if method == "heun":
         return [t for step in steps for t in step]
-    raise ValueError(f"solver must be one of euler, midpoint, heun, got {method!r}")
+    raise ValueError(f"method must be one of euler, midpoint, heun, got {method!r}")
 
 
 def solve(velocity: Velocity, x_0: Tensor, grid: Sequence[float], method: Method = "euler") -> Tensor:
@@ -118,9 +121,10 @@ class FrozenExpertField:
             raise ValueError(
                 "model.prediction=endpoint has no velocity at t = 1, which heun asks for: use euler or midpoint"
             )
-        mean = self.source.mean
-        # Filled on the device: a copy from the host could not be part of a CUDA graph.
-        self.steps = [flow.at(torch.full((len(mean),), t, device=mean.device)) for t in self.times]
+        # All times in one pass through the weights, a row each that holds for the whole batch. Filled on the device, as
+        # a copy from the host could not be part of a CUDA graph.
+        times_T = torch.cat([torch.full((1,), t, device=source.mean.device) for t in self.times])
+        self.steps = flow.at(times_T).rows()
         self.guess: Tensor | None = None
         self.nfe = 0
         """Trunk passes so far, a row."""
@@ -133,7 +137,8 @@ class FrozenExpertField:
             features = self._trunk(x, i)
         if self.expert is None:
             assert self.uniforms is not None
-            self.expert = self._draw(features[:batch], self.steps[i].embedding[:batch], self.uniforms)
+            time = self.steps[i].embedding.expand(batch, -1)
+            self.expert = self._draw(features[:batch], time, self.uniforms)
         expert = torch.cat([self.expert, self.expert]) if self.guided else self.expert
         outputs = self.flow.experts.one(features, expert)
         if self.guided:

@@ -45,7 +45,11 @@ class Task:
         return self.source.format_map(row), row[self.target]
 
     def check(self, row: Mapping[str, Any]) -> None:
-        """Refuse a row that lacks what the template needs; raises as `pair`."""
+        """Refuse a row that lacks what the template needs.
+
+        Raises:
+            ValueError: If a field is missing, null, not text or blank; the message names it.
+        """
         for name in self.fields:
             if name not in row:
                 raise ValueError(f"field {name!r} is missing; the row has {', '.join(sorted(map(str, row)))}")
@@ -75,7 +79,11 @@ class InfillingTask(Task):
         return (self.target,)
 
     def pair(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """The text with its mask, and the words under it; raises as `Task.pair`, and on a text of one word."""
+        """The text with its mask, and the words under it.
+
+        Raises:
+            ValueError: As `Task.pair`, and on a text of one word.
+        """
         self.check(row)
         words = row[self.target].split()
         if len(words) < 2:

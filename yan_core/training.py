@@ -101,7 +101,7 @@ def train_step(
 
     Args:
         objective: Gives the total loss and its parts; an `Objective`, or one wrapped for data parallelism.
-        batch: Rows of this worker, on the objective's device.
+        batch: Rows of this worker, [batch, length], on the objective's device.
         optimizer: Over the parameters that learn.
         num_steps: Solver steps of this batch.
         lr: Learning rate of this step.

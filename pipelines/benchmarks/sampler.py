@@ -17,7 +17,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from pipelines.benchmarks import machine
 from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion
 from yan_core.config import ModelConfig, RunConfig, from_dict
+from yan_core.files import code_commit, write_file
+from yan_core.graphs import captured
 from yan_core.model import YanModel, build_model
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.sampler import sample
@@ -90,17 +92,20 @@ def naive(
 ) -> tuple[Tensor, Tensor]:
     """The sampler without its savings: ids and experts as `yan_core.sampler.sample` gives them, same arguments.
 
-    A gate pass of its own and then `num_steps` Euler steps; the source encoded and projected anew, and all K heads
-    computed, at every pass; logits of every token at once.
+    A gate pass of its own and then `num_steps` Euler steps; the source projected to keys and values anew, times
+    embedded for every row, and all K heads computed, at every pass; logits of every token at once. The source is
+    encoded once, as any sampler would do.
     """
     config, batch, device = model.config, len(source_ids), source_ids.device
+    encoder = model.target_encoder if model.source_encoder is None else model.source_encoder
+    latents = encoder(source_ids, source_mask)
     dtype = next(model.parameters()).dtype
     keys = fold(seeds.to(device), 0)
     grid = torch.linspace(0, 1, num_steps + 1, device=device)
     x = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.d_model))
     x = x.to(dtype)  # [batch, length, d_model]
 
-    _, gate = model(x, grid[0].expand(batch), model.encode_source(source_ids, source_mask))
+    _, gate = model(x, grid[0].expand(batch), model.flow.source(latents, source_mask))
     width = {"token": 1, "segment": config.segment_length, "sequence": length}[config.expert_scope]
     scopes = torch.stack([part.mean(1) for part in gate.split(width, dim=1)], dim=1)  # [batch, scopes, num_experts]
     cumulative = scopes.float().softmax(-1).cumsum(-1)
@@ -110,7 +115,7 @@ def naive(
 
     index = expert[:, :, None, None].expand(-1, -1, 1, config.d_model)
     for t in grid[:-1]:
-        velocities, _ = model(x, t.expand(batch), model.encode_source(source_ids, source_mask))
+        velocities, _ = model(x, t.expand(batch), model.flow.source(latents, source_mask))
         x = x + velocities.gather(2, index).squeeze(2) / num_steps
     return model.decoder(x).argmax(-1), expert
 
@@ -154,33 +159,6 @@ def parameters_of(config: ModelConfig, vocab_size: int) -> int:
     """Ours, without embeddings, positions and vocabulary head."""
     with torch.device("meta"):
         return YanModel(config, vocab_size).num_parameters(embeddings=False)
-
-
-def captured(function: Callable[..., Tensor], examples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """A CUDA graph of a function of tensors of fixed shapes; on a CPU the function itself.
-
-    The result copies its arguments in, replays, and gives the same output tensor each time.
-    """
-    if not examples[0].is_cuda:
-        return function
-    held = tuple(value.clone() for value in examples)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):  # compile, tune and allocate outside the capture
-            function(*held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        out = function(*held)
-
-    def replay(*values: Tensor) -> Tensor:
-        for kept, value in zip(held, values, strict=True):
-            kept.copy_(value)
-        graph.replay()
-        return out
-
-    return replay
 
 
 def contestant(name: str, cell: Cell, passes: int | None = None) -> Callable[[], Tensor]:
@@ -275,13 +253,13 @@ def _mdm_shape(name: str, cell: Cell) -> tuple[DecoderShape, int]:
 # --- what must be done at least ---------------------------------------------------------------------------------------
 
 
-def yan_work(cell: Cell, trunk_passes: int, source_passes: int, heads: int, weight_heads: int) -> tuple[int, int]:
+def yan_work(cell: Cell, trunk_passes: int, projections: int, heads: int, weight_heads: int) -> tuple[int, int]:
     """Bytes of weights and floating-point operations of one call; what depends on the grid of times alone is left out.
 
     Args:
         cell: Model and requests.
         trunk_passes: Passes of the trunk, each with the heads.
-        source_passes: Passes of the source encoder.
+        projections: Times that the source's latents become keys and values.
         heads: Expert heads computed for each token.
         weight_heads: Expert heads whose weights are read at each pass.
     """
@@ -289,13 +267,13 @@ def yan_work(cell: Cell, trunk_passes: int, source_passes: int, heads: int, weig
     ffn, block = 2 * c.ffn_multiple, 4 + 2 * c.ffn_multiple  # weights in units of d * d, as all that follow
     encoder_blocks = (c.target_encoder if c.share_encoder else c.source_encoder).num_blocks
     cross = math.ceil(c.flow_blocks / c.cross_attention_every)
-    source, trunk = encoder_blocks * block + 2 * cross, c.flow_blocks * block + 2 * cross
+    source, trunk = encoder_blocks * block + projections * 2 * cross, c.flow_blocks * block + 2 * cross
     gate, decoder = 1, c.decoder_blocks * ffn + cell.vocab_size / d  # the gate's other inputs: one vector a row
-    weights = source_passes * source + trunk_passes * (trunk + weight_heads * ffn) + gate + decoder
+    weights = source + trunk_passes * (trunk + weight_heads * ffn) + gate + decoder
     source_tokens, tokens = cell.batch * cell.source_length, cell.batch * cell.length
-    linear = source_passes * source * source_tokens
+    linear = source * source_tokens
     linear += (trunk_passes * (trunk + heads * ffn) + gate + decoder) * tokens
-    attention = source_passes * encoder_blocks * source_tokens * cell.source_length
+    attention = encoder_blocks * source_tokens * cell.source_length
     attention += trunk_passes * tokens * (c.flow_blocks * cell.length + cross * cell.source_length)
     return int(weights * d * d * cell.dtype.itemsize), int(2 * linear * d * d + 4 * attention * d)
 
@@ -383,7 +361,9 @@ def measure(cell: Cell, names: Sequence[str], limits: Limits, say: Callable[[str
             first_s[name] = machine.seconds(calls[name], device)
             row["first_call_s"] = time.perf_counter() - start - first_s[name]
             if limits.memory and device.type == "cuda":
-                row["peak_bytes"] = machine.peak_bytes(calls[name], device)
+                # A graph's memory is set aside when it is captured, not when it runs.
+                graph = "graph" in name or (name.endswith("compiled") and name != "ours compiled")
+                row["peak_bytes"] = None if graph else machine.peak_bytes(calls[name], device)
             elif limits.memory and "compiled" not in name:
                 row["peak_bytes"] = machine.in_child(peak_of, name, cell)
         except Exception as error:  # one contestant's failure is a result; the others go on
@@ -535,14 +515,16 @@ def bar_preset(cell: Cell, memory_length: int, limits: Limits, say: Callable[[st
     return {"rows": rows, "speedup_over_naive": entries, "bars": found}
 
 
-def full_table(cells: list[Cell], names: Sequence[str], limits: Limits, say: Callable[[str], None]) -> dict[str, Any]:
-    """All contestants in all cells; result as `bar_preset`."""
+def full_table(
+    cells: list[Cell], names: Sequence[str], limits: Limits, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """All contestants in all cells; after each cell what is known so far, as `bar_preset` gives it."""
     rows: list[dict[str, Any]] = []
     entries = []
     for cell in cells:
         group = measure(cell, names, limits, say)
         if len(cells) > 1:
-            print(table(group), flush=True)  # a long run that is stopped leaves what it found
+            print(table(group), flush=True)
         rows += group
         by_name = {row["contestant"]: row for row in group}
         ours, slow = by_name.get("ours", {}), by_name.get("naive", {})
@@ -558,7 +540,7 @@ def full_table(cells: list[Cell], names: Sequence[str], limits: Limits, say: Cal
                     "length": cell.length,
                 }
             )
-    return {"rows": rows, "speedup_over_naive": entries, "bars": bars(rows, torch.device(cells[0].device).type)}
+        yield {"rows": rows, "speedup_over_naive": entries, "bars": bars(rows, torch.device(cell.device).type)}
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -602,6 +584,7 @@ def main(args: Sequence[str] | None = None) -> int:
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": code_commit(),
         "preset": options.preset,
         "precision": precision,
         "source_length": options.source_length,
@@ -630,12 +613,20 @@ def main(args: Sequence[str] | None = None) -> int:
         base = Cell(size=size, model=model, vocab_size=vocab, batch=1, length=1, precision=precision)
         base = replace(base, source_length=options.source_length, num_steps=options.steps, device=str(device))
         cells += [replace(base, batch=b, length=n) for n in options.lengths for b in options.batches]
+
+    def write() -> None:
+        report["wall_s"] = time.perf_counter() - start
+        if options.json:
+            write_file(options.json, json.dumps(report, indent=1) + "\n")
+
     if options.preset == "bar":
         length, memory_length = (8, 16) if options.tiny else (128, 512)
         report |= bar_preset(replace(cells[0], length=length), memory_length, replace(limits, budget_s=45.0), say)
     else:
         names = options.contestants or [n for n in CONTESTANTS if device.type == "cuda" or n not in GPU_ONLY]
-        report |= full_table(cells, names, limits, say)
+        for so_far in full_table(cells, names, limits, say):
+            report |= so_far
+            write()  # a long run that is stopped leaves what it found
     report["wall_s"] = time.perf_counter() - start
     if options.preset == "bar":
         in_time = report["wall_s"] < 480
@@ -650,9 +641,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if busy > 0.5:
         say(f"the machine was not idle before this began (load {busy:.1f}): times are upper bounds, and ratios noisy")
     say("done")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write()
     options.results.mkdir(parents=True, exist_ok=True)
     with (options.results / "sampler.jsonl").open("a") as file:
         file.write(json.dumps(report) + "\n")

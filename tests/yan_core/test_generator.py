@@ -16,8 +16,8 @@ TOKENIZER = Tokenizer.train([TEXT], TokenizerConfig(kind="word"))
 SOURCES = ["Where is Mary?", "Mary went to the kitchen. Where is Mary?", "apple", "John took the apple there."]
 
 
-def generator_of(task: str = "question_answering", **details: Any) -> TextGenerator:
-    model = randomize(build_model(tiny_config(), TOKENIZER.vocab_size, 0)).eval()
+def generator_of(task: str = "question_answering", mixer: Any = "attention", **details: Any) -> TextGenerator:
+    model = randomize(build_model(tiny_config(mixer=mixer), TOKENIZER.vocab_size, 0)).eval()
     return TextGenerator(model, TOKENIZER, {"task": task, "max_source_tokens": 6, "max_target_tokens": 5, **details})
 
 
@@ -139,6 +139,45 @@ def test_a_thousand_requests_give_the_same_tokens_alone_and_in_batches_of_64(det
     assert differ <= (0 if deterministic else 1)
 
 
+@pytest.mark.property
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_company_moves_logits_by_rounding_alone(mixer: str) -> None:
+    """So that a token can differ only where its two highest logits are closer than that."""
+    generator = generator_of(mixer=mixer)
+    model = generator.model
+    passed: list[torch.Tensor] = []
+    read = model.decoder.read
+
+    def spy(latents: torch.Tensor, **options: Any) -> Any:
+        passed.append(latents)
+        return read(latents, **options)
+
+    model.decoder.read = spy  # type: ignore[method-assign]
+    requests = [request(i) for i in range(256)]
+    for source, seed in requests:
+        generator.generate([source], seeds=seed)
+    alone = torch.cat(passed)
+    passed.clear()
+    for start in range(0, 256, 64):
+        sources, seeds = zip(*requests[start : start + 64], strict=True)
+        generator.generate(list(sources), seeds=list(seeds))
+    with torch.no_grad():
+        logits, together = model.decoder(alone), model.decoder(torch.cat(passed))
+    moved = float((together - logits).abs().max())
+    assert 0 < moved < 1e-5 * float(logits.abs().max())
+    for row, other in zip(logits.flatten(0, 1), together.flatten(0, 1), strict=True):
+        first, second = row.topk(2).values.tolist()
+        assert row.argmax() == other.argmax() or first - second < 2 * moved
+
+
+def test_deterministic_mode_takes_an_empty_source_and_one_as_long_as_the_model_allows() -> None:
+    generator = generator_of(max_source_tokens=39)  # its bucket would be 48, the model holds 40
+    long = " ".join(["Mary"] * 50)
+    for source in ("", long):
+        deterministic = generator.generate([source], deterministic=True)[0]
+        assert deterministic.tokens == generator.generate([source])[0].tokens
+
+
 def test_candidates_guidance_and_solver_reach_the_sampler() -> None:
     plain = GENERATOR.generate(SOURCES, seeds=3)
     guided = GENERATOR.generate(SOURCES, seeds=3, guidance_scale=3.0)
@@ -149,6 +188,39 @@ def test_candidates_guidance_and_solver_reach_the_sampler() -> None:
     assert [g.tokens for g in best] != answers(SOURCES * 8, seeds=list(range(32)))
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+@pytest.mark.parametrize("how", [{}, {"num_candidates": 3, "ranking": "confidence", "guidance_scale": 2.0}], ids=str)
+def test_few_shapes_give_the_same_answers(count: int, how: dict[str, Any]) -> None:
+    """Batches of a power of two and sources of a multiple of 16 tokens, as CUDA graphs want them."""
+    bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
+    seen: list[tuple[int, ...]] = []
+    assert bucketed.graphs is not None
+    plain_call = bucketed.graphs.call
+
+    def spy(key: Any, function: Any, *values: torch.Tensor) -> torch.Tensor:
+        seen.extend(tuple(value.shape) for value in values)
+        return plain_call(key, function, *values)
+
+    bucketed.graphs.call = spy  # type: ignore[method-assign]
+    sources, seeds = (SOURCES * 2)[:count], list(range(count))
+    expected = GENERATOR.generate(sources, seeds=seeds, **how)
+    found = bucketed.generate(sources, seeds=seeds, **how)
+    assert [(g.tokens, g.nfe) for g in found] == [(g.tokens, g.nfe) for g in expected]
+    rows = {1: 1, 3: 4, 4: 4, 5: 8}[count]
+    assert seen == [(rows, 16), (rows, 16), (rows,)]
+
+
 def test_one_length_a_source() -> None:
     with pytest.raises(ValueError, match="lengths must be one a source: got 1 for 4"):
         GENERATOR.generate(SOURCES, lengths=[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphs_answer_as_the_eager_sampler_on_a_gpu(dtype: torch.dtype) -> None:
+    model = randomize(build_model(tiny_config(), TOKENIZER.vocab_size, 0)).eval().to("cuda", dtype)
+    details = {"task": "question_answering", "max_source_tokens": 6, "max_target_tokens": 5}
+    eager, graphs = (TextGenerator(model, TOKENIZER, details, use_graphs=use) for use in (False, True))
+    for seed in range(3):
+        found = (g.generate(SOURCES, seeds=[seed + i for i in range(4)]) for g in (eager, graphs))
+        assert len({str([g.tokens for g in answers]) for answers in found}) == 1

@@ -6,7 +6,7 @@ import torch
 from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_config, tiny_model
 from yan_core.batching import pad_rows
 from yan_core.config import EncoderConfig
-from yan_core.latents import TokenEncoder
+from yan_core.latents import TokenEncoder, highest
 from yan_core.model import YanModel
 
 ROWS = random_rows([8, 3, 1])
@@ -99,11 +99,20 @@ def test_of_equal_logits_the_first_is_read() -> None:
         assert (model.decoder.read(torch.randn(2, 2, 16), logits_at_once=logits_at_once)[0] == 5).all()
 
 
+@pytest.mark.parametrize("vocab", [3, 256, 511, 512, 700, 1024])
+def test_the_highest_logit_is_the_first_of_equals(vocab: int) -> None:
+    logits = torch.randint(0, vocab // 2, (50, vocab), generator=torch.Generator().manual_seed(vocab)).float()
+    logits[0], logits[1, -1], logits[2, 0] = -torch.inf, torch.inf, torch.inf
+    top, index = highest(logits)
+    for row, value, place in zip(logits.tolist(), top.tolist(), index.tolist(), strict=True):
+        assert value == max(row) and place == row.index(max(row))
+
+
 def test_reading_never_holds_more_logits_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, held = tiny_model(), []
     plain = model.decoder._read_block
     monkeypatch.setattr(
-        model.decoder, "_read_block", lambda x, s, b, w: held.append(len(x) * min(b, VOCAB - s)) or plain(x, s, b, w)
+        model.decoder, "_read_block", lambda x, s, b, *a: held.append(len(x) * min(b, VOCAB - s)) or plain(x, s, b, *a)
     )
     model.decoder.read(torch.zeros(3, 7, 16), tokens_at_once=4, logits_at_once=44)
     assert max(held) <= 44 and sum(held) == 21 * VOCAB

@@ -12,6 +12,7 @@ from yan_core.moe import (
     Gate,
     balance_loss,
     draw_expert,
+    expert_shares,
     gate_entropy,
     gate_log_probs,
     gather_expert,
@@ -138,7 +139,12 @@ def test_permuting_the_experts_changes_no_likelihood() -> None:
     def parts(made: ExpertHeads, logits: torch.Tensor) -> list[torch.Tensor]:
         log_pi = gate_log_probs(logits, MASK, 3)
         likelihood = velocity_log_likelihood(made(x), u, MASK, 1.0, 3)
-        return [(log_pi + likelihood).logsumexp(-1), balance_loss(log_pi), gate_entropy(log_pi)]
+        real = torch.ones(log_pi.shape[:2], dtype=torch.bool)
+        return [
+            (log_pi + likelihood).logsumexp(-1),
+            balance_loss(expert_shares(log_pi, real)),
+            gate_entropy(log_pi, real),
+        ]
 
     before = parts(made, logits)
     expert = torch.randint(K, (B, L), generator=torch.Generator().manual_seed(1))
@@ -185,24 +191,36 @@ def test_a_scopes_expert_is_given_to_its_tokens(tokens: int) -> None:
 
 
 def test_balance_is_zero_where_experts_are_used_alike_and_log_k_where_one_is_used() -> None:
-    uniform_gate = torch.full((B, 2, K), 1 / K).log()
-    assert float(balance_loss(uniform_gate)) == pytest.approx(0, abs=1e-6)
+    def loss(log_probs: torch.Tensor) -> float:
+        return float(balance_loss(expert_shares(log_probs, torch.ones(log_probs.shape[:2], dtype=torch.bool))))
+
+    assert loss(torch.full((B, 2, K), 1 / K).log()) == pytest.approx(0, abs=1e-6)
     certain = torch.eye(K)[None].clamp_min(1e-30).log()  # each scope is sure, all experts are used
-    assert float(balance_loss(certain)) == pytest.approx(0, abs=1e-6)
+    assert loss(certain) == pytest.approx(0, abs=1e-6)
     collapsed = torch.tensor([1.0, 1e-30, 1e-30, 1e-30]).log().expand(B, 2, K)
-    assert float(balance_loss(collapsed)) == pytest.approx(math.log(K), abs=1e-5)
+    assert loss(collapsed) == pytest.approx(math.log(K), abs=1e-5)
     weights = torch.tensor([0.7, 0.1, 0.1, 0.1])
     expected = D.kl_divergence(D.Categorical(weights), D.Categorical(torch.full((K,), 1 / K)))
-    assert float(balance_loss(weights.log().expand(B, 2, K))) == pytest.approx(float(expected), abs=1e-6)
+    assert loss(weights.log().expand(B, 2, K)) == pytest.approx(float(expected), abs=1e-6)
     varied = (3 * randn(B, 5, K)).log_softmax(-1)
     mean = D.Categorical(varied.exp().mean((0, 1)))
     expected = D.kl_divergence(mean, D.Categorical(torch.full((K,), 1 / K)))
-    assert float(balance_loss(varied)) == pytest.approx(float(expected), abs=1e-6)
+    assert loss(varied) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_entropy_of_the_gate() -> None:
+def test_entropy_of_the_gate_and_shares_of_the_experts_count_real_scopes_alone() -> None:
     log_probs = randn(B, 5, K).log_softmax(-1)
-    assert float(gate_entropy(log_probs)) == pytest.approx(float(D.Categorical(logits=log_probs).entropy().mean()))
+    real = torch.arange(5) < torch.tensor([5, 3, 1])[:B, None]
+    true = D.Categorical(logits=log_probs[real])
+    assert float(gate_entropy(log_probs, real)) == pytest.approx(float(true.entropy().mean()))
+    torch.testing.assert_close(expert_shares(log_probs, real), true.probs.mean(0))
+
+
+def test_a_long_scope_is_averaged_exactly_in_bfloat16() -> None:
+    """A count of 301 is 300 or 302 in bfloat16."""
+    logits, mask = randn(1, 301, K).bfloat16(), torch.ones(1, 301, dtype=torch.bool)
+    exact = logits.double().mean(1, keepdim=True).log_softmax(-1).float()
+    torch.testing.assert_close(gate_log_probs(logits, mask, 301), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_gate_reads_token_source_and_time() -> None:
@@ -220,3 +238,18 @@ def test_gate_reads_token_source_and_time() -> None:
     changed[1, 2] += 1
     moved = (gate(changed, mean, time) != logits).any(-1)
     assert moved.nonzero().tolist() == [[1, 2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("used", [[0, 1, 2, 3], [2], [0, 3]], ids=str)
+def test_one_head_a_token_equals_all_gathered_on_a_gpu_and_so_do_gradients(dtype: torch.dtype, used: list[int]) -> None:
+    """Experts without a token included."""
+    made = ExpertHeads(4, 16, 32).to("cuda", dtype)
+    x = randn(3, 7, 16).to("cuda", dtype).requires_grad_()
+    expert = torch.tensor(used, device="cuda")[torch.arange(21, device="cuda") % len(used)].view(3, 7)
+    grads = []
+    for out in (made.one(x, expert), gather_expert(made(x), expert)):
+        grads.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *made.parameters()])])
+    for one, gathered in zip(*grads, strict=True):
+        torch.testing.assert_close(one, gathered, atol=2e-2, rtol=2e-2)

@@ -41,6 +41,16 @@ def test_confidence_counts_up_to_the_first_end_of_text() -> None:
     assert mean_confidence(candidates, log_probs).tolist() == [[-2.0, -2.5, -0.5]]
 
 
+def test_confidence_in_a_text_of_known_length_counts_its_own_tokens_and_the_length() -> None:
+    """What was read off the places behind the text says nothing about it."""
+    candidates = torch.tensor([[[9, END, END, END], [9, 8, 7, 6]]])
+    log_probs = -torch.tensor([[[1.0, 50.0, 50.0, 50.0], [1.0, 2.0, 3.0, 4.0]]])
+    places = torch.arange(4) < torch.tensor([1, 4])[:, None]
+    assert mean_confidence(candidates, log_probs, places[None]).tolist() == [[-1.0, -2.5]]
+    with_length = mean_confidence(candidates, log_probs, places[None], torch.tensor([[-3.0, -0.5]]))
+    assert with_length.tolist() == [[(-1 - 3) / 2, pytest.approx((-10 - 0.5) / 5)]]
+
+
 def test_the_first_of_equals_is_taken() -> None:
     values = torch.tensor([[[1], [2], [3]], [[4], [5], [6]]])
     assert best_of(values, torch.tensor([[0.5, 0.9, 0.9], [1.0, 1.0, 1.0]])).tolist() == [[2], [4]]

@@ -32,7 +32,7 @@ def naive(
     config = model.config
     row = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
     key = fold(torch.tensor([seed]), 0)
-    x = config.init_noise * normal(key, Stream.SOURCE_NOISE, (length, config.d_model))
+    x = config.init_noise * normal(key, Stream.SOURCE_NOISE, (length, config.latent_width))
 
     _, gate = model(x, torch.zeros(1), model.encode_source(*row))
     width = {"token": 1, "segment": config.segment_length, "sequence": length}[config.expert_scope]
@@ -93,6 +93,11 @@ def test_equals_the_naive_sampler(mixer: str, scope: str, num_steps: int, seed: 
 def test_equals_the_naive_sampler_in_every_mode(prediction: str, self_conditioning: bool, how: dict[str, Any]) -> None:
     model = tiny_model(prediction=prediction, self_conditioning=self_conditioning, expert_scope="segment")
     assert_equals_naive(model, 9, 3, **how)
+
+
+@pytest.mark.parametrize("latent_dim", [2, 6, 24])
+def test_equals_the_naive_sampler_with_latents_of_another_width(latent_dim: int) -> None:
+    assert_equals_naive(tiny_model(latent_dim=latent_dim, self_conditioning=True), 9, 3)
 
 
 def test_equals_the_naive_sampler_by_heun() -> None:
@@ -259,9 +264,59 @@ def test_without_an_oracle_the_length_head_says_and_each_candidate_takes_another
     assert (second[torch.arange(10) >= likely[:, 1:2]] == Tokenizer.eos_id).all()
 
 
+def test_a_model_that_fills_its_places_can_be_told_the_length() -> None:
+    """The same latents, read without an end before that length and with one after it."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.decoder.head.bias[Tokenizer.eos_id] += 10.0  # ends often
+    lengths = torch.tensor([10, 3, 1, 7, 2, 5])
+    own, told = sample(model, *SOURCES, 10, SEEDS), sample(model, *SOURCES, 10, SEEDS, lengths=lengths)
+    inside = torch.arange(10) < lengths[:, None]
+    assert (own.ids[inside] == Tokenizer.eos_id).any()
+    assert (told.ids[~inside] == Tokenizer.eos_id).all() and (told.ids[inside] != Tokenizer.eos_id).all()
+    word = inside & (own.ids != Tokenizer.eos_id)
+    assert word.any() and torch.equal(told.ids[word], own.ids[word])
+
+
+@pytest.mark.parametrize("length", ["fill", "predicted"])
+def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) -> None:
+    """As if each candidate were read by itself, in no more places than it has."""
+    model = tiny_model(length=length)
+    drawn = sample(model, *SOURCES, 10, SEEDS, num_candidates=4, ranking="confidence")
+    assert drawn.scores is not None
+    passed: list[torch.Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, args: passed.append(args[0]))
+    read = model.decoder.read
+
+    def spy(latents: torch.Tensor, **options: Any) -> Any:
+        passed.append(latents)
+        return read(latents, **options)
+
+    model.decoder.read = spy  # type: ignore[method-assign]
+    sample(model, *SOURCES, 10, SEEDS, num_candidates=4, ranking="confidence")
+    log_probs = model.decoder(passed[0]).log_softmax(-1).unflatten(0, (4, 6)).transpose(0, 1)
+    source = model.encode_source(*SOURCES)
+    for i in range(6):
+        for j in range(4):
+            row = drawn.candidates[i, j].tolist()
+            if length == "fill":
+                count = row.index(Tokenizer.eos_id) + 1 if Tokenizer.eos_id in row else 10
+                counted = [log_probs[i, j, n, row[n]].item() for n in range(count)]
+            else:
+                of_lengths = model.length(source.mean)[i, :10].log_softmax(-1)  # type: ignore[misc]
+                best, order = (value.detach() for value in of_lengths.topk(4))
+                counted = [log_probs[i, j, n].max().item() for n in range(int(order[j]) + 1)] + [float(best[j])]
+            assert float(drawn.scores[i, j].detach()) == pytest.approx(sum(counted) / len(counted), rel=1e-4), (i, j)
+
+
 def test_what_does_not_fit_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.length=predicted"):
-        sample(tiny_model(), *SOURCES, 10, SEEDS, lengths=torch.ones(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ranking must be one of bayes_risk, confidence, got 'mbr'"):
+        sample(tiny_model(), *SOURCES, 10, SEEDS, num_candidates=2, ranking="mbr")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="seeds must be one a source: got 2 for 6 sources"):
+        sample(tiny_model(), *SOURCES, 10, SEEDS[:2])
+    for grid in ([0.5, 1.0], [0.0, 2.0]):
+        with pytest.raises(ValueError, match="a grid must go from 0 to 1"):
+            sample(tiny_model(), *SOURCES, 10, SEEDS, grid=grid)
     with pytest.raises(ValueError, match=r"lengths must be in \[1, length=4\]"):
         sample(tiny_model(length="predicted"), *SOURCES, 4, SEEDS, lengths=torch.full((6,), 5))
     with pytest.raises(ValueError, match="num_candidates must be >= 1, got 0"):
