@@ -30,8 +30,10 @@ MAX_EVENTS = 50
 MAX_EVERYONE = 3
 """Most people in a story that is asked about with `everyone`, which keeps that answer short."""
 
-DEFAULT_WEIGHTS = {"where": 4.0, "everyone": 1.0, "object": 1.0, "has": 1.0, "yesno": 1.0, "count": 1.0, "visited": 1.0}
-KINDS = tuple(DEFAULT_WEIGHTS)
+KINDS = ("where", "everyone", "object", "has", "yesno", "count", "visited")
+ALL_KINDS = (*KINDS, "someone")
+"""`someone` is asked only where it is named: any of several sentences answers it, whose words must fit together."""
+DEFAULT_WEIGHTS = {kind: 4.0 if kind == "where" else 1.0 for kind in ALL_KINDS}
 SPLITS = ("train", "validation")
 VALIDATION_ONE_IN = 20
 """Share of all contexts on the validation side. No config field: two configs must never disagree about a side."""
@@ -47,7 +49,7 @@ class WorldConfig:
     seed: int = 0
     """Another seed gives other rows; it does not move a context to the other split."""
     kinds: tuple[str, ...] = KINDS
-    """Kinds of question to ask: where, everyone, object, has, yesno, count, visited."""
+    """Kinds of question to ask, out of ALL_KINDS."""
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     """Relative share of each kind; a weight of a kind that `kinds` leaves out is not used."""
     min_events: int = 2
@@ -71,10 +73,10 @@ class WorldConfig:
             raise ValueError(f"world.kinds must be a tuple of one or more different kinds, got {self.kinds!r}")
         for name, kinds in (("world.kinds", self.kinds), ("world.weights", self.weights)):
             for kind in kinds:
-                if kind not in KINDS:
-                    near = difflib.get_close_matches(str(kind), KINDS, n=1)
+                if kind not in ALL_KINDS:
+                    near = difflib.get_close_matches(str(kind), ALL_KINDS, n=1)
                     hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise ValueError(f"{name} must name kinds out of {', '.join(KINDS)}, got {kind!r}{hint}")
+                    raise ValueError(f"{name} must name kinds out of {', '.join(ALL_KINDS)}, got {kind!r}{hint}")
         for kind in self.kinds:
             if kind not in self.weights:
                 raise ValueError(
@@ -177,7 +179,7 @@ def examples(config: WorldConfig, start: int, stop: int, split: str = "train") -
 
     Returns:
         Rows with `kind`, `context`, `question`, `answer` and `answers`, the list of all valid answers: one, save for
-        `visited`, whose `answer` is drawn uniformly from them.
+        `visited` and `someone`, whose `answer` is drawn uniformly from them.
 
     Raises:
         ValueError: If the range or the split is not allowed.
@@ -333,6 +335,10 @@ def _visited(world: World, draw: Draw) -> tuple[str, list[str]]:
     return f"Name a place where {person} was.", world.visited[person]
 
 
+def _someone(world: World, draw: Draw) -> tuple[str, list[str]]:
+    return "Say where somebody is.", [f"{person} is in the {room}." for person, room in world.rooms.items()]
+
+
 _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "where": _where,
     "everyone": _everyone,
@@ -341,6 +347,7 @@ _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "yesno": _yesno,
     "count": _count,
     "visited": _visited,
+    "someone": _someone,
 }
 
 # The re-reader shares no state, table or function with the simulator above, so that either can show the other wrong.
@@ -353,6 +360,7 @@ _QUESTION = re.compile(
     r"Where is (?P<everyone>everyone)\?|Where is the (?P<object>\w+)\?|Where is (?P<where>\w+)\?"
     r"|Who has the (?P<has>\w+)\?|Is (?P<yesno>\w+) in the (?P<room>\w+)\?"
     r"|How many objects is (?P<count>\w+) carrying\?|Name a place where (?P<visited>\w+) was\."
+    r"|Say where (?P<someone>somebody) is\."
 )
 
 
@@ -361,7 +369,7 @@ def answer_from_text(context: str, question: str) -> set[str]:
 
     Args:
         context: Event sentences as `examples` writes them.
-        question: One of the seven kinds.
+        question: Of one of ALL_KINDS.
 
     Returns:
         Every valid answer; empty if the context does not tell, as for a person it does not mention.
@@ -387,6 +395,8 @@ def answer_from_text(context: str, question: str) -> set[str]:
         raise ValueError(f"question must be one that the story world asks, got {question!r}")
     kind = next(name for name, value in asked.groupdict().items() if value is not None)
     name = asked[kind]
+    if kind == "someone":
+        return {f"{person} is in the {walk[-1]}." for person, walk in walks.items()}
     if kind == "everyone":
         return {", ".join(f"{person}: {walks[person][-1]}" for person in sorted(walks)) + "."} if walks else set()
     if name not in (holder if kind in ("object", "has") else walks):

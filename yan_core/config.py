@@ -384,7 +384,7 @@ class DatasetConfig:
     num_validation: int = 1_000
     """World: how many validation examples."""
     kinds: tuple[str, ...] = ()
-    """World: kinds of question; none named = all."""
+    """World: kinds of question; none named = all but `someone`, whose answers are several sentences to choose from."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation"):
