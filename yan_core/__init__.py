@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yan_core.checkpoint import load
+    from yan_core.checkpoint import load, save_pretrained
     from yan_core.config import ModelConfig, RunConfig, from_dict, to_dict
     from yan_core.generator import Generation, TextGenerator
-    from yan_core.model import YanModel
+    from yan_core.model import YanModel, build_model
+    from yan_core.sampler import Sample, sample
     from yan_core.tokenization import Tokenizer
 
 __version__ = "0.1.0"
@@ -18,11 +19,15 @@ __all__ = [
     "Generation",
     "ModelConfig",
     "RunConfig",
+    "Sample",
     "TextGenerator",
     "Tokenizer",
     "YanModel",
+    "build_model",
     "from_dict",
     "load",
+    "sample",
+    "save_pretrained",
     "to_dict",
 ]
 
@@ -30,11 +35,15 @@ _HOME = {
     "Generation": "generator",
     "ModelConfig": "config",
     "RunConfig": "config",
+    "Sample": "sampler",
     "TextGenerator": "generator",
     "Tokenizer": "tokenization",
     "YanModel": "model",
+    "build_model": "model",
     "from_dict": "config",
     "load": "checkpoint",
+    "sample": "sampler",
+    "save_pretrained": "checkpoint",
     "to_dict": "config",
 }
 

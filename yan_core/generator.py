@@ -156,7 +156,7 @@ class TextGenerator:
                 source_tokens_cut=encoding.num_cut,
                 num_steps=num_steps,
                 nfe=nfe,
-                finished=len(answer) < places or self.model.length is not None,
+                finished=len(answer) < places or self.model.length_head is not None,
                 latency_ms=latency_ms,
             )
             for text, answer, encoding in zip(texts, answers, encodings, strict=True)

@@ -294,8 +294,8 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
 
     terms = dict(matching.terms)
     terms["loss_ce"] = weighted_cross_entropy(model.decoder(matching.endpoint), batch.target_ids, weight)
-    if model.length is not None:
-        terms["loss_length"] = F.cross_entropy(model.length(source.mean).float(), mask.sum(-1).clamp_min(1) - 1)
+    if model.length_head is not None:
+        terms["loss_length"] = F.cross_entropy(model.length_head(source.mean).float(), mask.sum(-1).clamp_min(1) - 1)
     if config.weight_l2 or config.weight_mmd:
         terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens)
     output = weigh(terms, config)

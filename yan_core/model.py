@@ -170,7 +170,7 @@ class YanModel(nn.Module):
         self.source_encoder = None if config.share_encoder else TokenEncoder(vocab_size, config, config.source_encoder)
         self.flow = FlowNetwork(config)
         self.decoder = TokenDecoder(vocab_size, config)
-        self.length = None if config.length == "fill" else LengthHead(config.d_model, config.max_positions)
+        self.length_head = None if config.length == "fill" else LengthHead(config.d_model, config.max_positions)
 
     def encode_target(self, ids: Tensor, mask: Tensor) -> Tensor:
         """x_1 of target ids [batch, length] with padding mask [batch, length]: [batch, length, latent_dim]."""

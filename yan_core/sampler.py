@@ -97,7 +97,7 @@ def sample(
     keys = torch.cat([fold(seeds, candidate) for candidate in range(num_candidates)])
     source = model.encode_source(source_ids, source_mask)
     places, length_log_probs = _text_places(model, source.mean, length, lengths, num_candidates)
-    mask = places if model.length is not None else None
+    mask = places if model.length_head is not None else None
     source = source.repeat(num_candidates)
 
     x_0 = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.latent_width)).to(device)
@@ -109,7 +109,7 @@ def sample(
 
     by_confidence = num_candidates > 1 and ranking == "confidence"
     # A model that ends its texts itself is not let to where their lengths are known.
-    never = Tokenizer.eos_id if model.length is None and lengths is not None else None
+    never = Tokenizer.eos_id if model.length_head is None and lengths is not None else None
     ids, log_probs = model.decoder.read(x_1, with_log_probs=by_confidence, never=never)
     if places is not None:
         ids = ids.masked_fill(~places, Tokenizer.eos_id)
@@ -133,12 +133,12 @@ def _text_places(
     """Places of each candidate's text, [num_candidates * batch, length], where its length is known before it is read,
     and that length's log-probability where the model chose it, [batch, num_candidates].
     """
-    if lengths is None and model.length is None:
+    if lengths is None and model.length_head is None:
         return None, None
     if lengths is None:
-        assert model.length is not None
+        assert model.length_head is not None
         log_probs, order = (
-            model.length(source_mean)[:, :length].float().log_softmax(-1).topk(min(num_candidates, length))
+            model.length_head(source_mean)[:, :length].float().log_softmax(-1).topk(min(num_candidates, length))
         )
         # More candidates than lengths: the likeliest ones are taken again.
         again = torch.arange(num_candidates, device=order.device) % order.shape[1]

@@ -27,7 +27,7 @@ class NonFiniteLoss(TrainingFailed):
 def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
     """The modules that each trainable part of the model consists of."""
     source: list[nn.Module] = [model.source_encoder] if model.source_encoder is not None else []
-    flow: list[nn.Module] = [model.flow] if model.length is None else [model.flow, model.length]
+    flow: list[nn.Module] = [model.flow] if model.length_head is None else [model.flow, model.length_head]
     return {
         "target_encoder": [model.target_encoder],
         "decoder": [model.decoder],

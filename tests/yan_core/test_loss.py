@@ -185,7 +185,7 @@ def test_self_conditioning_starts_as_if_there_were_none_and_then_uses_the_guess(
 def test_a_length_head_learns_the_number_of_real_tokens() -> None:
     model, batch = tiny_model(length="predicted"), partly_masked(tiny_batch())
     source = model.encode_source(batch.source_ids, batch.source_mask)
-    expected = F.cross_entropy(model.length(source.mean), torch.tensor([LENGTH, 4, 6, 1]) - 1)  # type: ignore[misc]
+    expected = F.cross_entropy(model.length_head(source.mean), torch.tensor([LENGTH, 4, 6, 1]) - 1)  # type: ignore[misc]
     torch.testing.assert_close(flow_loss(model, batch, LOSS, 1).parts["loss_length"], expected.detach())
 
 

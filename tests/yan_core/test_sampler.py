@@ -254,8 +254,8 @@ def test_a_predicted_length_leaves_the_rest_of_the_places_alone() -> None:
 def test_without_an_oracle_the_length_head_says_and_each_candidate_takes_another_length() -> None:
     model = tiny_model(length="predicted")
     source = model.encode_source(*SOURCES)
-    assert model.length is not None
-    likely = model.length(source.mean)[:, :10].argsort(-1, descending=True) + 1
+    assert model.length_head is not None
+    likely = model.length_head(source.mean)[:, :10].argsort(-1, descending=True) + 1
     own, oracle = sample(model, *SOURCES, 10, SEEDS), sample(model, *SOURCES, 10, SEEDS, lengths=likely[:, 0])
     assert torch.equal(own.ids, oracle.ids)
     several = sample(model, *SOURCES, 10, SEEDS, num_candidates=12, ranking="confidence")
@@ -303,7 +303,7 @@ def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) 
                 count = row.index(Tokenizer.eos_id) + 1 if Tokenizer.eos_id in row else 10
                 counted = [log_probs[i, j, n, row[n]].item() for n in range(count)]
             else:
-                of_lengths = model.length(source.mean)[i, :10].log_softmax(-1)  # type: ignore[misc]
+                of_lengths = model.length_head(source.mean)[i, :10].log_softmax(-1)  # type: ignore[misc]
                 best, order = (value.detach() for value in of_lengths.topk(4))
                 counted = [log_probs[i, j, n].max().item() for n in range(int(order[j]) + 1)] + [float(best[j])]
             assert float(drawn.scores[i, j].detach()) == pytest.approx(sum(counted) / len(counted), rel=1e-4), (i, j)
