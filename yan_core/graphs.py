@@ -23,7 +23,7 @@ def captured(function: Function, examples: tuple[Tensor, ...]) -> Function:
 
     Args:
         function: See `Function`.
-        examples: Arguments of the shapes to be met.
+        examples: Arguments of the shapes to be met, such as token ids [batch, length].
     """
     if not examples[0].is_cuda:
         return function
@@ -64,10 +64,10 @@ class GraphCache:
         Args:
             key: All that the function depends on besides its arguments.
             function: See `Function`.
-            values: Its arguments.
+            values: Its arguments, of any shape, such as token ids [batch, length].
 
         Returns:
-            A tensor of the caller's own.
+            A tensor of the caller's own, shaped as the function gives it.
         """
         key = (key, *(tuple(value.shape) for value in values))
         if key not in self._kept:

@@ -306,7 +306,7 @@ def weigh(terms: dict[str, Tensor], config: FlowLossConfig) -> LossOutput:
     """Sum terms `loss_<name>` by `flow_loss.weight_<name>`, less the gate's entropy by `weight_entropy`.
 
     Args:
-        terms: Scalars by name.
+        terms: Scalars, [], by name.
         config: Weights.
     """
     weights = {

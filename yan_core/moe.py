@@ -206,6 +206,11 @@ def balance_loss(share_K: Tensor) -> Tensor:
 
 
 def gate_entropy(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
-    """Mean entropy of the gate in nats, a scalar; arguments as `expert_shares`."""
+    """Mean entropy of the gate in nats, a scalar.
+
+    Args:
+        log_probs_BSK: From `gate_log_probs`, [batch, scopes, num_experts].
+        real_BS: True for scopes that hold a real token, [batch, scopes].
+    """
     entropy_BS = -(log_probs_BSK.exp() * log_probs_BSK).sum(-1)
     return (entropy_BS * real_BS).sum() / real_BS.sum().clamp_min(1)
