@@ -153,12 +153,12 @@ def test_company_moves_logits_by_rounding_alone(mixer: str) -> None:
         return read(latents, **options)
 
     model.decoder.read = spy  # type: ignore[method-assign]
-    requests = [request(i) for i in range(256)]
+    requests = [request(i) for i in range(128)]
     for source, seed in requests:
         generator.generate([source], seeds=seed)
     alone = torch.cat(passed)
     passed.clear()
-    for start in range(0, 256, 64):
+    for start in range(0, 128, 64):
         sources, seeds = zip(*requests[start : start + 64], strict=True)
         generator.generate(list(sources), seeds=list(seeds))
     with torch.no_grad():
