@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from yan_core.config import ModelConfig
 
 
+@torch.compiler.assume_constant_result
+def _has_grouped_kernel() -> bool:
+    """Whether the GPU multiplies groups without asking the host: Hopper and later."""
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 class ExpertHeads(nn.Module):
     """K feed-forward heads D -> F -> D, each a velocity field (or an endpoint) on the trunk's features."""
 
@@ -93,7 +99,7 @@ class ExpertHeads(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
         widths = (*self.w_in_KDF.shape[1:], self.w_out_KFD.shape[2])
         aligned = all(width % 8 == 0 for width in widths)
-        return dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(x_ND.device) >= (9, 0)
+        return dtype == torch.bfloat16 and aligned and _has_grouped_kernel()
 
     def _grouped(self, x_ND: Tensor, expert_N: Tensor, ends_K: Tensor) -> Tensor:
         """Heads of tokens sorted by expert in two grouped matrix products; ends_K: each expert's last token, plus 1."""
