@@ -298,7 +298,7 @@ def train_all(settings: Settings, processes: int) -> Iterator[Trained]:
     """Every training, in the order they finish, spread over processes of one thread each.
 
     Raises:
-        TrainingFailed: If one of the processes dies.
+        TrainingFailed: If one of the processes dies. Whatever ends this early, the others are stopped.
     """
     jobs = sorted(settings.jobs, key=lambda job: -job.num_experts)  # the long ones first
     if processes == 1:
@@ -309,14 +309,12 @@ def train_all(settings: Settings, processes: int) -> Iterator[Trained]:
     try:
         for done in as_completed([pool.submit(train_and_measure, job, settings) for job in jobs]):
             yield done.result()
-    except BaseException as error:
+    except BrokenProcessPool as error:
+        raise TrainingFailed("a training process was killed from outside; --processes 1 needs no other") from error
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
-        if isinstance(error, BrokenProcessPool):
-            raise TrainingFailed("a training process was killed from outside; --processes 1 needs no other") from error
-        raise
-    pool.shutdown()
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

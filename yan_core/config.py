@@ -236,8 +236,8 @@ class FlowLossConfig:
     """Which distribution the solver's expert is drawn from in training; the paper draws from the gate's prior."""
     solver_steps: tuple[int, ...] = (1, 1, 2, 2, 3, 3, 4, 8)
     """The number of Euler steps of the training solver is drawn from these, anew for each batch; what is named twice is
-    drawn twice as often. A fixed number makes a recurrence of the model that fails at every other number; without the 8
-    it may fall at eight steps (EXPERIMENTS, 2026-11-23)."""
+    drawn twice as often. Earlier code trained at a fixed number failed at every other one, which was not seen again
+    with today's recipe; without the 8 a model may fall at eight steps (EXPERIMENTS, 2026-11-23)."""
     time_alpha: float = 1.0
     """t ~ Beta(time_alpha, time_beta)."""
     time_beta: float = 1.0

@@ -73,7 +73,7 @@ def highest(logits: Tensor, width: int = 256) -> tuple[Tensor, Tensor]:
     """Highest of logits [tokens, vocab] and its index, both [tokens]; of equals the first.
 
     On a CPU the maximum of each `width` logits first, which is vectorised, and then the index within one of them alone:
-    4 to 8 times as fast as `max`, which took 8 % of a request's time (EXPERIMENTS, 2026-11-23).
+    3 to 9 times as fast as `max`, which took 8 % of a request's time (EXPERIMENTS, 2026-11-23).
     """
     blocks = logits.shape[-1] // width
     if logits.is_cuda or blocks < 2:
@@ -127,7 +127,7 @@ class TokenDecoder(nn.Module):
             with_log_probs: Whether to give the tokens' log-probabilities too.
             tokens_at_once: Rows of logits at a time.
             logits_at_once: Numbers of logits at a time, the vocabulary read in blocks. None: 2**27 on a GPU, 2**22
-                on a CPU, which stay in its cache (a batch of 64 took 3.9 s so, 4.9 s in one block; EXPERIMENTS).
+                on a CPU, which stay in its cache.
             never: A token that is not to be read, its probability given to the others.
 
         Returns:

@@ -103,11 +103,16 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     artifacts = Path(mlflow.artifacts.download_artifacts("models:/yan-tiny@champion"))
     assert not [f for f in artifacts.rglob("*") if f.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 
-    # Run again: nothing is redone. (What a changed setting does over is in tests/pipelines/test_run.py.)
+    # Run again: nothing is redone. Change one setting: only what follows from it is.
     process, log = start(tiny_config, *slow)
     assert process.wait(120) == 0
     assert "evaluate, register: done before, inputs unchanged" in log.read_text()
     assert "not done yet" not in log.read_text()
+    process, log = start(tiny_config, *slow, "--stages.finetune.optim.lr", "5e-4")
+    assert process.wait(240) == 0, log.read_text()
+    assert "flow: done before, inputs unchanged" in log.read_text()
+    assert "finetune: inputs changed (stages.finetune.optim.lr: 0.001 -> 0.0005)" in log.read_text()
+    assert len(mlflow_runs(tiny_config)) == 2
     assert not list((Path(tiny_config.runs_dir) / "tiny").rglob("*.part"))
     assert json.loads((Path(tiny_config.runs_dir) / "tiny" / "run.json").read_text())["finished"] is True
 

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import os
 
 import pytest
 import torch
 
+from pipelines import geometry
 from pipelines.cli import main
 from pipelines.geometry import (
     DATA_SETS,
@@ -31,6 +33,7 @@ from pipelines.geometry import (
 from yan_core.batching import Batch
 from yan_core.config import FlowLossConfig, ModelConfig, OptimConfig, from_dict
 from yan_core.loss import flow_loss
+from yan_core.training import TrainingFailed
 
 MEAN_SQUARE = {
     "ring": 2**2 + 2 * 0.1**2,
@@ -192,3 +195,14 @@ def test_shares_compare_most_experts_with_fewest_or_with_plain_and_means_are_ove
     assert shares(distances)["mean"] == {"ours": dict.fromkeys(SOLVER_STEPS, pytest.approx(0.25))}
     assert shares(distances, of_plain=True)["grid"] == {"ours": dict.fromkeys(SOLVER_STEPS, pytest.approx(0.5))}
     assert [(job.data_set, job.num_experts) for job in distances][-4:] == [("mean", k) for k in (1, 2, 8, 1)]
+
+
+def die(job, settings):
+    """In the place of a training: a process that the system kills."""
+    os._exit(9)
+
+
+def test_a_killed_process_is_said_to_be_one(monkeypatch):
+    monkeypatch.setattr(geometry, "train_and_measure", die)
+    with pytest.raises(TrainingFailed, match="a training process was killed from outside"):
+        list(geometry.train_all(Settings(data_sets=("ring",), experts=(1, 2)), processes=2))

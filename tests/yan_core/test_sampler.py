@@ -285,7 +285,6 @@ def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) 
     drawn = sample(model, *SOURCES, 10, SEEDS, num_candidates=4, ranking="confidence")
     assert drawn.scores is not None
     passed: list[torch.Tensor] = []
-    model.decoder.register_forward_pre_hook(lambda _, args: passed.append(args[0]))
     read = model.decoder.read
 
     def spy(latents: torch.Tensor, **options: Any) -> Any:
