@@ -105,7 +105,7 @@ def _prepare(args: list[str]) -> int:
     from pipelines.run import prepare_step, run_lock
 
     folder = Path(config.runs_dir) / config.name
-    with run_lock(folder), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
+    with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         prepare_step(config, folder)
     return 0
 

@@ -37,7 +37,7 @@ from yan_core.config import (
     unknown_name,
 )
 from yan_core.files import code_commit, write_file
-from yan_core.loss import match_flow, weigh
+from yan_core.loss import Counts, match_flow, weigh
 from yan_core.model import FlowNetwork, Source, YanModel, build_model
 from yan_core.moe import gate_log_probs
 from yan_core.noise import Stream, fold, normal, uniform
@@ -214,15 +214,16 @@ class PointLoss:
     points: Tensor
     config: FlowLossConfig
 
-    def __call__(self, batch: Batch, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, num_steps: int, counts: Counts | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its parts; the batch's target ids [batch, 1] are rows of the table."""
         x_1 = self.points[batch.target_ids]  # [batch, 1, 2]
         x_0 = self.flow.config.init_noise * normal(batch.keys, Stream.SOURCE_NOISE, tuple(x_1.shape[1:]))
         t = uniform(batch.keys, Stream.TIME, ())
         source, mask = no_source(self.flow, len(x_1)), batch.target_mask
         weight = mask.to(x_1.dtype)
-        terms = match_flow(self.flow, x_0, x_1, t, source, mask, weight, batch.keys, self.config, num_steps).terms
-        output = weigh(terms, self.config)
+        keys, config = batch.keys, self.config
+        matching = match_flow(self.flow, x_0, x_1, t, source, mask, weight, keys, config, num_steps, counts)
+        output = weigh(matching.terms, config)
         return output.total, output.parts
 
 

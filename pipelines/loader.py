@@ -1,106 +1,138 @@
-"""A worker's share of the stream of rows -> the batches of a stage.
-
-A worker takes a pool of several batches at a time from its stream, sorts the pool by length and cuts it into batches,
-so that a batch holds rows of like length and little padding.
-"""
+"""A worker's share of the stream of rows -> the batches of each step, corrupted and padded."""
 
 from __future__ import annotations
 
-import hashlib
+import queue
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 
-from pipelines.stream import POOL_BATCHES, kept_batches
+from pipelines.order import num_lanes
 from yan_core.batching import Batch, autoencoder_batch, infilling_batch, task_batch
 from yan_core.config import RunConfig, StageConfig
 from yan_core.noise import fold
+from yan_core.training import TrainingFailed
+
+T = TypeVar("T")
 
 
-def _rows(column: pa.ChunkedArray) -> list[np.ndarray]:
-    array = column.combine_chunks()
-    values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+def row_keys(seed: int, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Keys for the random draws of rows, int64, [rows]: from the seed, the epoch and the row's number alone."""
+    return fold(fold(torch.as_tensor(rows, dtype=torch.int64), seed), torch.as_tensor(epochs, dtype=torch.int64))
 
 
-def row_keys(rows: list[np.ndarray], seed: int, epochs: np.ndarray, places: np.ndarray) -> torch.Tensor:
-    """A key a row from its content, its place in its shard, the seed and the epoch: which worker reads it makes no
-    difference. The place tells equal rows apart, such as one label a thousand times over.
-    """
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=7).digest() for row in rows]
-    keys = torch.tensor([int.from_bytes(d, "little") for d in digests], dtype=torch.int64)
-    keys = fold(fold(keys, seed), torch.as_tensor(epochs, dtype=torch.int64))
-    return fold(keys, torch.as_tensor(places, dtype=torch.int64))
+class _AsTable(ArrowBatchCollateFn):
+    """A block as it is."""
+
+    def __call__(self, table: pa.Table) -> list[pa.Table]:
+        """In a list, or Ray Data would look for tensors in it."""
+        return [table]
 
 
-class StageCollate(ArrowBatchCollateFn):
-    """A pool of rows -> a list of batches of a stage, as dictionaries of tensors."""
+class StageBatches:
+    """One worker's part of each step's batch, from its part of the stream."""
 
-    def __init__(self, config: RunConfig, stage: str, workers: int, skip_steps: int = 0) -> None:
-        """Make it for one worker.
+    def __init__(self, blocks: Iterator[pa.Table], config: RunConfig, rank: int = 0, workers: int = 1) -> None:
+        """Read a stream.
 
         Args:
+            blocks: What this worker gets of the blocks of `open_stream`: every `workers`-th from the `rank`-th on.
             config: The run.
-            stage: Stage name.
-            workers: Number of workers that share a step's batch.
-            skip_steps: Batches at the start of the stream to pass over.
+            rank: This worker's number.
+            workers: How many workers share a step's batch.
         """
-        self.config, self.stage, self.skip = config, stage, skip_steps
-        self.settings: StageConfig = getattr(config.stages, stage)
-        self.batch_size = self.settings.batch_size // workers
-        self.pools = self.step = 0
+        self.blocks, self.config, self.rank, self.workers = blocks, config, rank, workers
 
-    def __call__(self, table: pa.Table) -> list[dict[str, torch.Tensor]]:
-        """Sort by length, cut, corrupt, pad."""
-        kept = kept_batches(table.num_rows // self.batch_size, self.step, self.settings.curriculum_steps)
-        # The same order of lengths on every worker: they wait for each other at every step.
-        places = np.random.default_rng([self.config.seed, self.pools]).permutation(kept)
-        self.pools, self.step = self.pools + 1, self.step + kept
-        skipped = min(self.skip, kept)
-        self.skip -= skipped
-        if skipped == kept:
-            return []
-        epochs, in_shard = table.column("epoch").to_numpy(), table.column("place").to_numpy()
-        rows = {name: _rows(table.column(name)) for name in ("source", "target") if name in table.column_names}
-        order = np.argsort([len(r) for r in rows["source" if "source" in rows else "target"]], kind="stable")
-        chosen = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in places[skipped:]]
-        return [
-            vars(self._batch({n: [r[j] for j in c] for n, r in rows.items()}, epochs[c], in_shard[c])) for c in chosen
-        ]
+    def stage(self, stage: str, step: int) -> Iterator[Batch]:
+        """The batches of a stage from a step on, one a step; the stream must stand there.
 
-    def _batch(self, rows: dict[str, list[np.ndarray]], epochs: np.ndarray, in_shard: np.ndarray) -> Batch:
+        Raises:
+            TrainingFailed: If it does not, which is a fault of the stream and not of the data.
+        """
+        settings: StageConfig = getattr(self.config.stages, stage)
+        lanes = num_lanes(settings, self.config.data)
+        in_batch = settings.batch_size // lanes
+        while step < settings.max_steps:
+            round_ = []
+            for lane in range(self.rank, lanes, self.workers):
+                block = next(self.blocks, None)
+                if block is None:
+                    raise TrainingFailed(f"stage {stage} ran out of rows at step {step}: prepare the data again")
+                found = tuple(block.column(name)[0].as_py() for name in ("stage", "step", "lane"))
+                if found != (stage, step, lane):
+                    raise TrainingFailed(
+                        f"the stream of rows is out of order: expected stage, step, lane {(stage, step, lane)}, "
+                        f"got {found}; start again from the last checkpoint"
+                    )
+                round_.append(_columns(block))
+            for i in range(len(round_[0]["step"]) // in_batch):
+                part = slice(i * in_batch, (i + 1) * in_batch)
+                rows = {name: np.concatenate([r[name][part] for r in round_]) for name in round_[0]}
+                yield self._batch(stage, rows, groups=len(round_))
+                step += 1
+
+    def _batch(self, stage: str, rows: dict[str, np.ndarray], groups: int) -> Batch:
         config = self.config
-        keys = row_keys(rows["source" if "source" in rows else "target"], config.seed, epochs, in_shard)
-        if self.stage == "autoencoder":
-            return autoencoder_batch(rows["target"], keys, config.autoencoder_loss)
+        keys = row_keys(config.seed, rows["epoch"], rows["row"])
+        if stage == "autoencoder":
+            return autoencoder_batch(rows["target"], keys, config.autoencoder_loss, groups)
         fill = config.model.length == "fill"
-        if self.stage == "flow":
-            return infilling_batch(rows["target"], keys, config.flow_loss, fill)
+        if stage == "flow":
+            return infilling_batch(rows["target"], keys, config.flow_loss, fill, groups)
         longest = config.data.max_target_tokens
         return task_batch(rows["source"], rows["target"], keys, config.flow_loss, longest, fill)
 
 
-def stage_batches(shard: Any, config: RunConfig, stage: str, workers: int, skip_steps: int) -> Iterator[Batch]:
-    """This worker's batches.
+def _columns(block: pa.Table) -> dict[str, np.ndarray]:
+    """Columns of a block; those of token ids as arrays of arrays."""
+    found = {name: block.column(name).to_numpy() for name in ("epoch", "row", "step")}
+    for name in ("source", "target"):
+        array = block.column(name).combine_chunks()
+        values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
+        found[name] = np.empty(len(array), object)
+        found[name][:] = [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return found
 
-    Args:
-        shard: From `ray.train.get_dataset_shard`.
-        config: The run.
-        stage: Stage name.
-        workers: Number of workers that share a step's batch.
-        skip_steps: Steps done before a restart; as many batches at the start of the stream are passed over.
-    """
-    pools = shard.iter_torch_batches(
-        batch_size=getattr(config.stages, stage).batch_size // workers * POOL_BATCHES,
-        collate_fn=StageCollate(config, stage, workers, skip_steps),
-        local_shuffle_buffer_size=config.data.shuffle_buffer,
-        local_shuffle_seed=config.seed,
-        prefetch_batches=1,
-    )
-    for pool in pools:
-        for tensors in pool:
-            yield Batch(**tensors)
+
+def open_blocks(shard: Any) -> Iterator[pa.Table]:
+    """This worker's blocks, from `ray.train.get_dataset_shard`."""
+    for (block,) in shard.iter_torch_batches(batch_size=None, collate_fn=_AsTable(), prefetch_batches=2):
+        yield block
+
+
+def ahead(batches: Iterator[T], depth: int = 4) -> Iterator[T]:
+    """The same, made by a thread of its own up to `depth` batches ahead of their use."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop, end = threading.Event(), object()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(end)
+        except BaseException as error:  # handed to the reader as it is
+            put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import ray.data
 import ray.exceptions
 
+from pipelines.order import FRAGMENT_ROWS
 from pipelines.sources import DataError, fields_of, filtered, find_dataset, read_files, read_rows, reason_of
 from yan_core.config import DataConfig, DatasetConfig, RunConfig
 from yan_core.files import atomic_folder, sha256_file
@@ -61,14 +62,16 @@ class Prepared:
         try:
             sizes = {name: (self.folder / name).stat().st_size for name in self.manifest["files"]}
             tokenizer = sha256_file(self.folder / "tokenizer.json")
-        except (OSError, KeyError):
+            expected = {name: file["bytes"] for name, file in self.manifest["files"].items()}
+        except (OSError, KeyError, TypeError):
             return False
-        return sizes == self.manifest["files"] and tokenizer == self.manifest["tokenizer_sha256"]
+        return sizes == expected and tokenizer == self.manifest["tokenizer_sha256"]
 
-    def files(self, stage: str) -> list[str]:
-        """Parquet files that a stage trains on."""
+    def shards(self, stage: str) -> list[tuple[str, int]]:
+        """Parquet files that a stage trains on and their rows."""
         names = ("flow", "finetune") if stage == "autoencoder" else (stage,)
-        return [str(f) for name in names for f in sorted((self.folder / name).glob("*.parquet"))]
+        files = self.manifest["files"].items()
+        return [(str(self.folder / f), about["rows"]) for n in names for f, about in files if f.startswith(f"{n}/")]
 
     def num_rows(self, stage: str) -> int:
         """Rows that a stage trains on."""
@@ -262,7 +265,7 @@ def _write(rows: ray.data.Dataset, folder: Path, data: DataConfig, shuffle_seed:
     if shuffle_seed is not None:
         rows = rows.random_shuffle(seed=shuffle_seed)
     folder.mkdir()
-    rows.write_parquet(str(folder), max_rows_per_file=data.rows_per_shard)
+    rows.write_parquet(str(folder), max_rows_per_file=data.rows_per_shard, row_group_size=FRAGMENT_ROWS)
     return sum(pq.read_metadata(f).num_rows for f in folder.glob("*.parquet"))
 
 
@@ -346,7 +349,14 @@ def prepare(config: RunConfig, folder: Path) -> Prepared:
         cut = pq.read_table(scratch / "finetune", columns=["source_cut"]).column("source_cut").to_numpy()
         shards = sorted(p for part in ("flow", "finetune", "validation") for p in (scratch / part).glob("*.parquet"))
         manifest = {
-            "files": {str(p.relative_to(scratch)): p.stat().st_size for p in shards},
+            "files": {
+                p.relative_to(scratch).as_posix(): {
+                    "bytes": p.stat().st_size,
+                    "rows": pq.read_metadata(p).num_rows,
+                    "sha256": sha256_file(p),
+                }
+                for p in shards
+            },
             "rows": rows,
             "bad_rows": bad,
             "vocab_size": tokenizer.vocab_size,

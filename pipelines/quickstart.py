@@ -107,7 +107,7 @@ def main(args: list[str]) -> int:
         overrides = ["--name", "world_short", "--evaluation.max_rows", "100", *steps, *overrides]
     config = parse_config("quickstart", ["--config", str(CONFIG), *overrides])
     folder = Path(config.runs_dir) / config.name
-    say(f"YAN quickstart: built-in world -> {folder}, {config.scaling.num_workers} training workers")
+    say(f"YAN quickstart: built-in world -> {folder}, {config.scaling.max_workers} training workers")
     result = run(config, fresh="--fresh" in args)
 
     say("serve: starting Ray Serve")

@@ -26,8 +26,9 @@ from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
 from pipelines.prepare import Prepared, corpus_of, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset, locate
+from pipelines.state import StageJob
 from pipelines.tracking import Tracker, check_tracking
-from pipelines.train import STAGES, StageJob, train_stages
+from pipelines.train import STAGES, train_stages
 from yan_core.checkpoint import CheckpointError, read_config
 from yan_core.config import ModelConfig, RunConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
@@ -85,7 +86,7 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
                 for path in files_of(data, dataset, where) if where else []:
                     if "://" not in path:
                         files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
-    settings = {k: v for k, v in to_dict(data).items() if k not in ("datasets", "shuffle_buffer")}
+    settings = {k: v for k, v in to_dict(data).items() if k not in ("datasets", "pool_batches", "lanes")}
     used = {name: to_dict(find_dataset(data, name)) for name in names}
     simulated = any(dataset["format"].startswith("world") for dataset in used.values())
     built_in = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest() if simulated else ""
@@ -115,8 +116,7 @@ def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
         "stages": {stage: values["stages"][stage]},
         "model": values["model"],
         loss: values[loss],
-        "data": {"shuffle_buffer": config.data.shuffle_buffer, "max_target_tokens": config.data.max_target_tokens},
-        "scaling": {"num_workers": config.scaling.num_workers},
+        "data": {name: values["data"][name] for name in ("pool_batches", "lanes", "max_target_tokens")},
         "seed": config.seed,
         "before": before,
     }
@@ -267,7 +267,7 @@ def train_steps(
         raise ValueError("every stage has max_steps=0: nothing to train")
     if jobs:
         started = time.perf_counter()
-        say(f"training: {config.scaling.num_workers} workers start")
+        say(f"training: {config.scaling.max_workers} workers start")
         with progress_lines() as board:
             train_stages(config, jobs, prepared, folder / "checkpoints", board, tracker)
         seconds["training"] = time.perf_counter() - started
@@ -319,7 +319,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     config = with_architecture_of_start(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
     check_tracking(config)
-    with run_lock(folder, fresh), ray_session(config.scaling.num_workers, config.scaling.cpus_per_worker):
+    with run_lock(folder, fresh), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         started = time.perf_counter()
         prepared = prepare_step(config, folder)
         seconds["prepare"] = time.perf_counter() - started

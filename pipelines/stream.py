@@ -1,68 +1,128 @@
-"""Prepared shards -> one Ray Data stream of rows, epoch after epoch. No torch here: its readers start sooner so."""
+"""Prepared shards -> one Ray Data stream of rows for all stages of a training, from the step where it stands.
+
+A block of the stream is one lane of one pool (see order.py), so that a restart reads nothing that is done with, and the
+round of blocks over the workers is the same each time. No torch here: its readers start sooner so.
+"""
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from pipelines.order import Pool, RowOrder, StageOrder
 from pipelines.prepare import Prepared
-from yan_core.config import RunConfig, StageConfig
+from yan_core.config import RunConfig
 
-POOL_BATCHES = 8
-"""Batches that a worker sorts by length together."""
-
-
-def kept_batches(whole: int, step: int, curriculum_steps: int) -> int:
-    """How many of a pool's `whole` batches, the shortest first, are used at a step."""
-    if step >= curriculum_steps:
-        return whole
-    return max(1, math.ceil(whole * (step + 1) / curriculum_steps)) if whole else 0
+IDS = pa.list_(pa.int32())
 
 
-def batches_read(settings: StageConfig) -> int:
-    """Batches a stage reads for its steps: more than it has steps where a curriculum leaves long rows out."""
-    step = pools = 0
-    while step < settings.max_steps:
-        step += kept_batches(POOL_BATCHES, step, settings.curriculum_steps)
-        pools += 1
-    return pools * POOL_BATCHES
+@dataclass(frozen=True)
+class StageStream:
+    """What is left of a stage.
 
-
-class ReadShard:
-    """(path, epoch) -> the rows of a prepared shard, each with its epoch and its place in the shard."""
-
-    def __init__(self, columns: list[str]) -> None:
-        self.columns = columns
-
-    def __call__(self, shards: pa.Table) -> pa.Table:
-        """Read the shards of one block."""
-        tables = []
-        for shard in shards.to_pylist():
-            table = pq.read_table(shard["path"], columns=self.columns)
-            table = table.append_column("epoch", pa.array(np.full(table.num_rows, shard["epoch"], np.int32)))
-            tables.append(table.append_column("place", pa.array(np.arange(table.num_rows, dtype=np.int32))))
-        return pa.concat_tables(tables)
-
-
-def open_stage(prepared: Prepared, stage: str, config: RunConfig) -> ray.data.Dataset:
-    """The lazy stream of all rows a stage will read: its shards epoch after epoch, in a new, seeded order each time.
-
-    One stream for all epochs: to end one and begin the next costs Ray Data seconds, and `read_parquet` would read a
-    file that is named twice only once (EXPERIMENTS, 2026-11-23).
+    Attributes:
+        stage: Its name.
+        order: Its batches.
+        pools: Those still to be read, what is left of the first one included.
     """
-    settings = getattr(config.stages, stage)
-    # Each worker's last, partial pool of an epoch is not lost but joins the next one; one epoch more is room for that.
-    epochs = math.ceil(batches_read(settings) * settings.batch_size / prepared.num_rows(stage)) + 1
-    files = prepared.files(stage)
-    shards = [
-        {"path": files[i], "epoch": epoch}
-        for epoch in range(epochs)
-        for i in np.random.default_rng([config.seed, epoch]).permutation(len(files))
-    ]
-    columns = ["source", "target"] if stage == "finetune" else ["target"]
-    listed = ray.data.from_items(shards, override_num_blocks=len(shards))
-    return listed.map_batches(ReadShard(columns), batch_format="pyarrow", batch_size=1)
+
+    stage: str
+    order: StageOrder
+    pools: list[Pool]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the stream."""
+        return len(self.pools) * self.order.lanes
+
+
+def stage_order(prepared: Prepared, stage: str, config: RunConfig) -> StageOrder:
+    """The batches of a stage."""
+    return StageOrder(RowOrder(prepared.shards(stage), config.seed), getattr(config.stages, stage), config.data)
+
+
+def read_rows_of(path: str, places: np.ndarray, columns: list[str]) -> pa.Table:
+    """Rows of a Parquet file by their places in it; reads only the row groups that hold them."""
+    file = pq.ParquetFile(path)
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    ends = np.cumsum(counts)
+    groups = np.unique(np.searchsorted(ends, places, side="right"))
+    table = file.read_row_groups([int(g) for g in groups], columns=columns, use_threads=False)
+    # Where each group's rows begin in `table`, less where they begin in the file.
+    starts = np.concatenate([[0], np.cumsum(np.array(counts)[groups])[:-1]])
+    shift = np.zeros(len(counts), np.int64)
+    shift[groups] = starts - (ends[groups] - np.array(counts)[groups])
+    return table.take(places + shift[np.searchsorted(ends, places, side="right")])
+
+
+class ReadLane:
+    """Number of a block -> the rows of one lane of one pool, batch after batch.
+
+    Columns: `source` (empty but in fine-tuning) and `target`, token ids; `row` and `epoch`, which random draws follow
+    from; `stage`, `step` and `lane`, by which a worker sees that it got what is its.
+    """
+
+    def __init__(self, streams: Sequence[StageStream]) -> None:
+        self.streams = list(streams)
+        self.first = np.cumsum([0, *(s.num_blocks for s in streams)]).tolist()
+
+    def __call__(self, numbers: pa.Table) -> pa.Table:
+        """Read one block, or several."""
+        return pa.concat_tables([self.read(n) for n in numbers.column("id").to_pylist()])
+
+    def read(self, number: int) -> pa.Table:
+        """Read one block."""
+        index = bisect_right(self.first, number) - 1
+        stream, order = self.streams[index], self.streams[index].order
+        which, lane = divmod(number - self.first[index], order.lanes)
+        pool = stream.pools[which]
+        task = stream.stage == "finetune"
+        columns = ["source", "target"] if task else ["target"]
+        pieces = order.rows.pieces(*order.lane(pool.number, lane))
+        rows = pa.concat_tables([read_rows_of(p.path, p.places, columns) for p in pieces]).combine_chunks()
+        epoch = np.concatenate([np.full(len(p.ids), p.epoch, np.int32) for p in pieces])
+        ids = np.concatenate([p.ids for p in pieces])
+        lengths = np.diff(rows.column(columns[0]).combine_chunks().offsets.to_numpy())
+        picked = order.pick(lengths, pool.batches)
+        rows = rows.take(picked)
+        steps = np.repeat(
+            np.arange(pool.first_step, pool.first_step + len(pool.batches), dtype=np.int32), order.lane_rows
+        )
+        constant = np.ones(len(picked), np.int32)
+        return pa.table(
+            {
+                "stage": pa.array([stream.stage] * len(picked)),
+                "step": steps,
+                "lane": lane * constant,
+                "epoch": epoch[picked],
+                "row": ids[picked],
+                "source": rows.column("source") if task else pa.array([[]] * len(picked), IDS),
+                "target": rows.column("target"),
+            }
+        )
+
+
+def open_stream(prepared: Prepared, config: RunConfig, stages: Sequence[str], step: int = 0) -> ray.data.Dataset:
+    """The lazy stream of all rows that stages will read, in order.
+
+    Args:
+        prepared: The data.
+        config: The run.
+        stages: Names of the stages that are left.
+        step: Optimizer steps of the first of them that are done.
+    """
+    streams = []
+    for i, stage in enumerate(stages):
+        order = stage_order(prepared, stage, config)
+        streams.append(StageStream(stage, order, order.pools(step if i == 0 else 0)))
+    num_blocks = sum(s.num_blocks for s in streams)
+    numbers = ray.data.range(num_blocks, override_num_blocks=max(1, num_blocks))
+    # A block that Ray Data cut in two would go to two workers.
+    numbers.context.target_max_block_size = None
+    return numbers.map_batches(ReadLane(streams), batch_format="pyarrow", batch_size=None)

@@ -9,34 +9,47 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import ray.data
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, Result, ScalingConfig, UserCallback
+from ray.data import ExecutionOptions
+from ray.train import (
+    CheckpointConfig,
+    CheckpointUploadMode,
+    DataConfig,
+    FailureConfig,
+    Result,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 import yan_core
-from pipelines.loader import stage_batches
+from pipelines.checkpoints import Checkpoints, Position
+from pipelines.cluster import quiet_ray
+from pipelines.loader import StageBatches, ahead, open_blocks
 from pipelines.prepare import Prepared, open_prepared
+from pipelines.reporter import Reporter
 from pipelines.sources import DataError
-from pipelines.stream import open_stage
-from yan_core.checkpoint import CheckpointError, from_pretrained, save_pretrained
-from yan_core.config import RunConfig, StageConfig, from_dict, to_dict
-from yan_core.files import code_fingerprint, sha256_file, write_file
-from yan_core.loss import Objective
+from pipelines.state import StageJob, StageState
+from pipelines.stream import open_stream, stage_order
+from yan_core.batching import Batch
+from yan_core.checkpoint import from_pretrained
+from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.files import code_fingerprint, write_file
 from yan_core.model import YanModel, build_model
-from yan_core.tokenization import Tokenizer
+from yan_core.parallel import num_workers
 from yan_core.training import (
     NonFiniteLoss,
     TrainingFailed,
-    build_optimizer,
     draw_solver_steps,
-    freeze_all_but,
     learning_rate,
     set_training_mode,
     train_step,
@@ -48,165 +61,73 @@ if TYPE_CHECKING:
 STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
 
+TRAINING = "training"
+"""Name that Ray Train knows a run's training by; its checkpoints are below it."""
 
-def model_details(config: RunConfig) -> dict[str, Any]:
-    """What a saved model needs beside its weights to answer as it was trained."""
-    return {
-        "run": config.name,
-        "task": config.data.task,
-        "max_source_tokens": config.data.max_source_tokens,
-        "max_target_tokens": config.data.max_target_tokens,
-    }
+NOT_FINITE = "not_finite"
+"""Beside the checkpoints: the state of a training that met no finite gradient."""
 
 
 @dataclass(frozen=True)
-class StageJob:
-    """A stage to be trained.
+class TrainingStream:
+    """Opens the stream of rows for a group of workers, where the newest sound checkpoint stands.
 
-    Attributes:
-        stage: One of STAGES.
-        inputs: What its result depends on, written beside it.
-        fingerprint: Hash of `inputs`; a checkpoint with another one is not gone on from.
-        init_from: Model folder of the stage before, or empty for fresh weights.
-        output: Where the model folder goes, when it is complete.
-        record: File that then gets `inputs`.
+    Ray Train calls it in its controller each time that it starts workers.
     """
 
-    stage: str
-    inputs: dict[str, Any]
-    fingerprint: str
-    init_from: str
-    output: str
-    record: str
+    config: dict[str, Any]
+    jobs: list[StageJob]
+    prepared: str
+    checkpoints: str
+
+    def __call__(self) -> ray.data.Dataset:
+        """Decide what the workers go on from, and open the rows after it."""
+        quiet_ray()
+        found = Checkpoints(self.checkpoints).decide([job.fingerprint for job in self.jobs])
+        jobs, step = left_from(self.jobs, found[1] if found else None)
+        config = from_dict(RunConfig, self.config)
+        return open_stream(open_prepared(Path(self.prepared)), config, [job.stage for job in jobs], step)
 
 
-class StageState:
-    """Model, optimizer and position of a stage: what a checkpoint holds."""
-
-    def __init__(self, config: RunConfig, job: StageJob, model: YanModel, tokenizer: Tokenizer) -> None:
-        self.config, self.job, self.model, self.tokenizer = config, job, model, tokenizer
-        self.settings: StageConfig = getattr(config.stages, job.stage)
-        freeze_all_but(model, self.settings.trains)
-        self.optimizer = build_optimizer(model, self.settings.optim)
-        self.step = 0
-
-    @property
-    def loss_config(self) -> Any:
-        """The stage's objective."""
-        return self.config.autoencoder_loss if self.job.stage == "autoencoder" else self.config.flow_loss
-
-    def save(self, folder: Path) -> None:
-        """Write everything a restart needs."""
-        save_pretrained(folder / "model", self.model, self.tokenizer, model_details(self.config))
-        # Tensors and plain values only, so that it is read back with weights_only=True.
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        position = {
-            "stage": self.job.stage,
-            "fingerprint": self.job.fingerprint,
-            "step": self.step,
-            "optimizer_sha256": sha256_file(folder / "optimizer.pt"),
-        }
-        (folder / "position.json").write_text(json.dumps(position), encoding="utf-8")
-
-    def restore(self, folder: Path) -> None:
-        """Go on from what `save` wrote.
-
-        Raises:
-            CheckpointError: If a file of it is damaged.
-        """
-        saved, _, _ = from_pretrained(folder / "model")
-        if sha256_file(folder / "optimizer.pt") != read_position(folder)["optimizer_sha256"]:
-            raise CheckpointError(
-                f"{folder / 'optimizer.pt'} is damaged: its SHA-256 is not the one in position.json; delete the run's "
-                "folder `training`, and the stage begins anew"
-            )
-        self.model.load_state_dict(saved.state_dict())
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        self.step = read_position(folder)["step"]
+def left_from(jobs: list[StageJob], position: Position | None) -> tuple[list[StageJob], int]:
+    """The stages that are left at a position, and how many steps of the first of them are done."""
+    if position is None:
+        return jobs, 0
+    at = [job.fingerprint for job in jobs].index(position.fingerprint)
+    return jobs[at:], position.step
 
 
-def read_position(folder: Path) -> dict[str, Any]:
-    """Where a checkpoint was taken: stage, fingerprint of its inputs, step."""
-    return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+def save_checkpoint(
+    state: StageState, checkpoints: Checkpoints, metrics: dict[str, float], rank: int, wait: bool
+) -> None:
+    """Report metrics and, from rank 0, a checkpoint; every worker must call it at the same step.
 
-
-class Reporter:
-    """Rank 0's progress lines and metrics, one set per interval, averaged over it."""
-
-    def __init__(self, state: StageState, board: ActorHandle | None, tracker: Tracker | None, workers: int) -> None:
-        self.state, self.board, self.tracker, self.workers = state, board, tracker, workers
-        self.total = state.settings.max_steps
-        self.started, self.first_step = time.perf_counter(), state.step
-        self._clear()
-
-    def _clear(self) -> None:
-        self.since, self.steps, self.tokens, self.wait_s = time.perf_counter(), 0, 0, 0.0
-        self.sums: dict[str, torch.Tensor] = {}
-
-    @property
-    def seconds(self) -> float:
-        """Time since this stage began or went on."""
-        return time.perf_counter() - self.started
-
-    def say(self, line: str) -> None:
-        """Show a line on the driver's terminal."""
-        if self.board is not None:
-            self.board.add.remote(f"  {self.state.job.stage:<11} {line}")
-
-    def add(self, metrics: dict[str, torch.Tensor], tokens: int, wait_s: float) -> None:
-        """Count one step."""
-        self.steps, self.tokens, self.wait_s = self.steps + 1, self.tokens + tokens, self.wait_s + wait_s
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-
-    def due(self) -> bool:
-        """Whether the interval is over."""
-        return time.perf_counter() - self.since >= self.state.config.log_every_s
-
-    def report(self, lr: float) -> dict[str, float]:
-        """Show and record the interval; returns its mean metrics."""
-        if self.steps == 0:
-            return {}
-        elapsed = time.perf_counter() - self.since
-        means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        rate = self.workers * self.tokens / elapsed
-        done, step = self.state.step - self.first_step, self.state.step
-        left_s = (time.perf_counter() - self.started) / max(1, done) * (self.total - step)
-        parts = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in means.items() if k.startswith("loss_"))
-        load = f" load x{means['expert_load_max']:.2f}" if "expert_load_max" in means else ""
-        self.say(
-            f"{step:>5}/{self.total} loss {means['loss']:.3f} ({parts}) lr {lr:.1e} grad {means['grad_norm']:.2f} "
-            f"{rate / 1000:.1f}k tok/s wait {self.wait_s / elapsed:.0%}{load} left {left_s:.0f}s"
-        )
-        if self.tracker is not None:
-            named = {f"{self.state.job.stage}/train/{k}": v for k, v in means.items()}
-            named |= {
-                f"{self.state.job.stage}/train/lr": lr,
-                f"{self.state.job.stage}/perf/tokens_per_s": rate,
-                f"{self.state.job.stage}/perf/data_wait_share": self.wait_s / elapsed,
-            }
-            self.tracker.metrics(named, step)
-        self._clear()
-        return means
-
-
-def save_checkpoint(state: StageState, metrics: dict[str, float], rank: int) -> None:
-    """Report metrics and, from rank 0, a checkpoint; every worker must call it at the same step."""
+    Training goes on while it is written, from a copy, unless `wait` is true.
+    """
     metrics = {**metrics, "step": state.step}
+    position, fill = state.position, state.snapshot()
     if rank != 0:
         ray.train.report(metrics)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        state.save(Path(scratch))
-        ray.train.report(metrics, ray.train.Checkpoint.from_directory(scratch))
+
+    def write(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        return checkpoints.write(name, position, fill)
+
+    ray.train.report(
+        metrics,
+        ray.train.Checkpoint.from_directory(tempfile.gettempdir()),  # a stand-in: `write` writes the files itself
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC if wait else CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=False,
+        checkpoint_upload_fn=write,
+    )
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """What each worker runs: the stages in order, from the start or from the newest checkpoint.
+    """What each worker runs: the stages in order, from the start or from the newest sound checkpoint.
 
     Args:
-        job: `config` (a RunConfig as a dictionary), `stages` (StageJobs), `prepared` (folder), `failure` (file that
-            says why training cannot go on), `code` (hash of the driver's yan_core), `board` and `mlflow` (for rank 0).
+        job: `stream` (a TrainingStream), `failure` (file that says why training cannot go on), `code` (hash of the
+            driver's yan_core), `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -216,113 +137,176 @@ def train_loop(job: dict[str, Any]) -> None:
             f"than the driver ({job['code']}): ship one copy, by --working-dir or in the image, and do not edit it in "
             "mid-run"
         )
-    config = from_dict(RunConfig, job["config"])
-    stages: list[StageJob] = job["stages"]
-    tokenizer = open_prepared(Path(job["prepared"])).tokenizer
     board = job["board"] if rank == 0 else None
     tracker = None
     if rank == 0 and job["mlflow"]:
         from pipelines.tracking import Tracker  # two seconds of imports that only this worker needs
 
         tracker = Tracker(*job["mlflow"])
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            fingerprint = read_position(Path(folder))["fingerprint"]
-        at = [i for i, stage in enumerate(stages) if stage.fingerprint == fingerprint]
-        stages = stages[at[0] :] if at else stages
-        checkpoint = checkpoint if at else None  # of a stage that is done, or whose inputs have changed since
-
     try:
-        train_all(config, stages, checkpoint, tokenizer, board, tracker)
+        train_all(job["stream"], board, tracker)
     except NonFiniteLoss as error:  # on every worker alike; to try again would end alike
         if rank == 0:
             write_file(Path(job["failure"]), str(error))
 
 
-def train_all(
-    config: RunConfig,
-    stages: list[StageJob],
-    checkpoint: ray.train.Checkpoint | None,
-    tokenizer: Tokenizer,
-    board: ActorHandle | None,
-    tracker: Tracker | None,
-) -> None:
-    """Train stages in order, the first one from `checkpoint` if there is one; rank 0 leaves each one's model folder."""
+def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Tracker | None) -> None:
+    """Train the stages that are left, in order; rank 0 leaves each one's model folder."""
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    config, prepared = from_dict(RunConfig, stream.config), open_prepared(Path(stream.prepared))
+    checkpoints, tokenizer = Checkpoints(stream.checkpoints), prepared.tokenizer
+    found = checkpoints.decided()
+    jobs, _ = left_from(stream.jobs, found[1] if found else None)
+    batches = StageBatches(open_blocks(ray.train.get_dataset_shard("training")), config, rank, workers)
     model: YanModel | None = None
     held = ""  # folder of the trained model in memory
-    for stage in stages:
-        if model is None or stage.init_from != held:
-            if stage.init_from:
-                model, _, _ = from_pretrained(stage.init_from)
+    for job in jobs:
+        if model is None or job.init_from != held:
+            if job.init_from:
+                model, _, _ = from_pretrained(job.init_from)
             else:
                 model = build_model(config.model, tokenizer.vocab_size, config.seed)
             model = model.to(device)
-        state = StageState(config, stage, model, tokenizer)
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                state.restore(Path(folder))
-            checkpoint = None
-        reporter = Reporter(state, board, tracker, workers)
+        order = stage_order(prepared, job.stage, config)
+        if found is None:
+            state = StageState(config, job, model, tokenizer, order)
+        else:
+            with checkpoints.fetch(found[0]) as folder:
+                state = StageState(config, job, model, tokenizer, order, (folder, found[1]))
+            found = None
+        reporter = Reporter(state, board, tracker)
         if state.step:
             reporter.say(f"goes on from its checkpoint at step {state.step}")
-        train_one_stage(state, reporter, rank, workers, device)
+        train_one_stage(state, checkpoints, batches.stage(job.stage, state.step), reporter, rank, device)
+        weights = state.result()
         if rank == 0:
-            save_pretrained(stage.output, model, tokenizer, model_details(config))
-            write_file(Path(stage.record), json.dumps(stage.inputs, indent=2))
+            state.save_result(weights)
+            write_file(Path(job.record), json.dumps(job.inputs, indent=2))
             reporter.say(f"done in {reporter.seconds:.0f} s")
-        held = stage.output
+        if config.scaling.strategy == "fsdp":  # the next stage shards a model anew, from the file
+            model = None
+            torch.distributed.barrier()
+        else:
+            model.load_state_dict(weights)
+            held = job.output
 
 
-def train_one_stage(state: StageState, reporter: Reporter, rank: int, workers: int, device: torch.device) -> None:
+class Clock:
+    """What is due at a step: rank 0's clock decides for all workers, since they must do it at the same step."""
+
+    LOOK_EVERY_S = 5.0
+    """Seconds between looks at whether a node is about to be taken away."""
+
+    def __init__(self, state: StageState, reporter: Reporter) -> None:
+        self.scaling, self.reporter = state.config.scaling, reporter
+        self.saved_at = self.looked_at = time.perf_counter()
+        self.warned = False
+
+    def due(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether to report, and whether to save a checkpoint."""
+        now = time.perf_counter()
+        here = [
+            self.reporter.due(),
+            now - self.saved_at >= self.scaling.checkpoint_every_s,
+            now - self.looked_at >= self.LOOK_EVERY_S,
+        ]
+        if num_workers() > 1:
+            answer = torch.tensor(here, dtype=torch.int32, device=device)
+            torch.distributed.broadcast(answer, src=0)
+            here = [bool(v) for v in answer.tolist()]
+        report, save, look = here
+        if look:
+            self.looked_at = now
+            save |= self._about_to_end()
+        if save:
+            self.saved_at = now
+        return report, save
+
+    def _about_to_end(self) -> bool:
+        """Whether a node that a worker runs on has just been said to be taken away; the same on every worker."""
+        taken = ray.train.get_preemption_info() is not None
+        new = taken and not self.warned
+        if new:
+            self.reporter.say("a node is about to be taken away: a checkpoint is saved")
+        self.warned = taken
+        return new
+
+
+def train_one_stage(
+    state: StageState,
+    checkpoints: Checkpoints,
+    batches: Iterator[Batch],
+    reporter: Reporter,
+    rank: int,
+    device: torch.device,
+) -> None:
     """Train from `state.step` to the stage's last step, with a checkpoint now and then and one at the end."""
-    config, stage, settings = state.config, state.job.stage, state.settings
-    torch.manual_seed(config.seed * 1_000_003 + rank)  # dropout alone uses the global generator
-    objective = Objective(state.model, state.loss_config)
-    wrapped = prepare_model(objective, move_to_device=False) if workers > 1 else objective
+    config, settings, scaling = state.config, state.settings, state.config.scaling
+    objective: Any = state.objective
+    if scaling.compile:
+        objective = torch.compile(objective, dynamic=True)
+    if num_workers() > 1 and scaling.strategy == "ddp":
+        objective = prepare_model(objective, move_to_device=False)
     set_training_mode(state.model, settings.trains)
-    shard = ray.train.get_dataset_shard(stage)
-    batches = stage_batches(shard, config, stage, workers, skip_steps=state.step)
+    batches, clock = ahead(batches), Clock(state, reporter)
     means: dict[str, float] = {}
-    lr, saved_at = 0.0, time.perf_counter()
+    lr, skipped_in_a_row = 0.0, 0
     while state.step < settings.max_steps:
         asked = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            raise TrainingFailed(f"stage {stage} ran out of rows at step {state.step}: prepare the data again")
-        batch = batch.to(device)
+        loaded = next(batches)
         wait_s = time.perf_counter() - asked
+        batch = loaded.to(device)
         lr = learning_rate(state.step, settings.max_steps, settings.optim)
         num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
+        counts = state.objective.counts(batch).of_all_workers()
+        bf16 = device.type == "cuda"
         try:
             metrics = train_step(
-                wrapped, batch, state.optimizer, num_steps, lr, settings.optim.clip_norm, bf16=device.type == "cuda"
+                objective,
+                batch,
+                state.optimizer,
+                num_steps,
+                lr,
+                settings.optim.clip_norm,
+                bf16,
+                counts,
+                scaling.accumulation,
             )
+            skipped_in_a_row = 0
+            reporter.add(metrics, loaded, wait_s)
+            if state.average is not None:
+                state.average.update(state.model, state.step)
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"stage {stage}, step {state.step + 1}: {error}") from error
+            skipped_in_a_row, reporter.skipped = skipped_in_a_row + 1, reporter.skipped + 1
+            if skipped_in_a_row > settings.optim.max_skipped:
+                give_up(state, loaded, checkpoints, rank, skipped_in_a_row, error)
         state.step += 1
-        reporter.add(metrics, batch.num_tokens, wait_s)
-        if rank == 0 and reporter.due():
-            means = reporter.report(lr)
-        # Rank 0's clock decides for all: they must report at the same step.
-        if agree(time.perf_counter() - saved_at >= config.scaling.checkpoint_every_s, device, workers):
-            save_checkpoint(state, means, rank)
-            saved_at = time.perf_counter()
+        report, save = clock.due(device)
+        if report:
+            means = reporter.report(lr) or means
+        if save and state.step < settings.max_steps:
+            save_checkpoint(state, checkpoints, means, rank, wait=False)
+    means = reporter.report(lr) or means
+    save_checkpoint(state, checkpoints, means, rank, wait=True)
+
+
+def give_up(
+    state: StageState, batch: Batch, checkpoints: Checkpoints, rank: int, skipped: int, error: NonFiniteLoss
+) -> NoReturn:
+    """Leave model, optimizer and rank 0's batch of a step whose gradient is not finite, for a look, and stop."""
+    fill = state.snapshot()
+
+    def write(folder: Path) -> None:
+        fill(folder)
+        torch.save(vars(batch), folder / "batch.pt")
+
     if rank == 0:
-        means = reporter.report(lr) or means
-    save_checkpoint(state, means, rank)
-
-
-def agree(here: bool, device: torch.device, workers: int) -> bool:
-    """Rank 0's answer, on every worker."""
-    if workers == 1:
-        return here
-    answer = torch.tensor([here], dtype=torch.int32, device=device)
-    torch.distributed.broadcast(answer, src=0)
-    return bool(answer.item())
+        checkpoints.write(NOT_FINITE, state.position, write)
+    raise NonFiniteLoss(
+        f"stage {state.job.stage}, step {state.step + 1}, {skipped} in a row: {error} "
+        f"Model, optimizer and batch are in {checkpoints.root}/{NOT_FINITE}."
+    ) from error
 
 
 def train_stages(
@@ -356,11 +340,12 @@ def train_stages(
             )
     scaling, failure = config.scaling, storage.resolve() / "failure.txt"
     failure.unlink(missing_ok=True)
+    place = f"{scaling.storage.rstrip('/')}/{config.name}" if scaling.storage else str(storage.resolve())
+    checkpoints = f"{place}/{TRAINING}"
+    stream = TrainingStream(to_dict(config), stages, str(prepared.folder.resolve()), checkpoints)
     loop_config = {
+        "stream": stream,
         "failure": str(failure),
-        "config": to_dict(config),
-        "stages": stages,
-        "prepared": str(prepared.folder.resolve()),
         "code": code_fingerprint(),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,
@@ -368,16 +353,17 @@ def train_stages(
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=loop_config,
-        datasets={job.stage: open_stage(prepared, job.stage, config) for job in stages},
-        dataset_config=DataConfig(datasets_to_split="all"),
+        datasets={"training": stream},
+        # In order, so that the same blocks come to the same workers each time.
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="training",  # the same name goes on from its newest checkpoint
-            storage_path=str(storage.resolve()),
+            name=TRAINING,
+            storage_path=place,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=scaling.keep_checkpoints),
             callbacks=[SayRestarts(board)] if board is not None else None,
@@ -390,6 +376,7 @@ def train_stages(
         raise TrainingFailed(f"training failed: {reason_of(failures, error)}") from error
     if failure.is_file():
         raise TrainingFailed(f"training failed: {failure.read_text(encoding='utf-8')}")
+    Checkpoints(place).delete()
 
 
 def fit_interruptibly(trainer: TorchTrainer) -> Result:

@@ -45,6 +45,11 @@ class Batch:
         """The same batch on a device; shapes as they are."""
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
+    def split(self, parts: int) -> list[Batch]:
+        """Some batches of as many rows each, or one more; fewer where there are fewer rows."""
+        rows = zip(*(value.tensor_split(min(parts, len(self.keys))) for value in vars(self).values()), strict=True)
+        return [Batch(*values) for values in rows]
+
     @property
     def num_tokens(self) -> int:
         """Places in source and target, padding included (no synchronisation with the device)."""
@@ -104,17 +109,25 @@ def infill_spans(ids: Tensor, mask: Tensor, keys: Tensor, share: float, max_span
     return torch.where(first, MASK, ids).gather(1, order).masked_fill(~left, PAD), left
 
 
-def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLossConfig) -> Batch:
+def _longest_of_group(text_mask: Tensor, groups: int) -> Tensor:
+    """Length of the longest row of each row's group, [batch, 1]."""
+    lengths = text_mask.sum(-1).view(groups, -1)
+    return lengths.amax(-1, keepdim=True).clamp_min(1).expand_as(lengths).reshape(-1, 1)
+
+
+def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLossConfig, groups: int = 1) -> Batch:
     """Stage 1: corrupted text in, clean text out, with end-of-text tokens after it.
 
-    Each row is followed by end-of-text tokens up to a length drawn between its own and the longest row's, so that
-    targets of any length are met. The corrupted row keeps the target's length: infilling shortens it, and without the
-    places at its end the last tokens would have none.
+    Each row is followed by end-of-text tokens up to a length drawn between its own and the longest row's of its group,
+    so that targets of any length are met. The corrupted row keeps the target's length: infilling shortens it, and
+    without the places at its end the last tokens would have none.
 
     Args:
         rows: Token ids of each row.
         keys: int64, [batch].
         config: How much is corrupted.
+        groups: Equal parts of the rows, in order, that are looked at alone; what is in a group must not depend on how
+            many workers share a batch.
 
     Returns:
         Source and target of the same [batch, length], length that of the longest row.
@@ -122,7 +135,7 @@ def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLoss
     target, text_mask = pad_rows(rows, EOS)
     length = target.shape[1]
     text_lengths = text_mask.sum(-1, keepdim=True)
-    fill = uniform(keys, Stream.FILL, (1,)) * (length + 1 - text_lengths)
+    fill = uniform(keys, Stream.FILL, (1,)) * (_longest_of_group(text_mask, groups) + 1 - text_lengths)
     target_mask = torch.arange(length) < (text_lengths + fill.long()).clamp_min(1)
     target = target.masked_fill(~target_mask, PAD)
     corrupted, left = infill_spans(target, text_mask, keys, config.mask_share, config.max_span)
@@ -131,14 +144,18 @@ def autoencoder_batch(rows: Sequence[Row], keys: Tensor, config: AutoencoderLoss
     return Batch(keys, torch.where(clean, target, corrupted), target_mask, target, target_mask)
 
 
-def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig, fill: bool = True) -> Batch:
+def infilling_batch(
+    rows: Sequence[Row], keys: Tensor, config: FlowLossConfig, fill: bool = True, groups: int = 1
+) -> Batch:
     """Stage 2 on plain text: the source has masked spans, the target is the whole text.
 
     Args:
         rows: Token ids of each row.
         keys: int64, [batch].
         config: Share of masked tokens and longest span.
-        fill: Whether targets are filled with end-of-text tokens up to the longest row, or keep their own length.
+        fill: Whether targets are filled with end-of-text tokens up to the longest row of their group, or keep their
+            own length.
+        groups: Equal parts of the rows, as in `autoencoder_batch`.
 
     Returns:
         Source and target of the same [batch, length], length that of the longest row.
@@ -148,8 +165,9 @@ def infilling_batch(rows: Sequence[Row], keys: Tensor, config: FlowLossConfig, f
     source_mask = _drop_sources(source_mask, keys, config)
     if not fill:
         return Batch(keys, source, source_mask, text, mask)
+    target_mask = torch.arange(text.shape[1]) < _longest_of_group(mask, groups)
     target, _ = pad_rows(rows, EOS)
-    return Batch(keys, source, source_mask, target, torch.ones_like(mask))
+    return Batch(keys, source, source_mask, target.masked_fill(~target_mask, PAD), target_mask)
 
 
 def _drop_sources(source_mask: Tensor, keys: Tensor, config: FlowLossConfig) -> Tensor:

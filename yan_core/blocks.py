@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from yan_core.config import ModelConfig
 from yan_core.mamba import BidirectionalMamba
+from yan_core.noise import RowDraws
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,44 @@ def token_mixer(config: ModelConfig, rotary: bool) -> nn.Module:
     return BidirectionalMamba(config.d_model, config.mamba.d_state, config.mamba.conv_kernel, config.mamba.expand)
 
 
+class RowDropout(nn.Module):
+    """Dropout whose mask follows from the rows' keys: the same on any worker, at any padding, and when recomputed.
+
+    Source: Srivastava et al. 2014, JMLR 15.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor, draws: RowDraws | None) -> Tensor:
+        """[batch, length, d_model] in and out; nothing is dropped outside of training.
+
+        Raises:
+            ValueError: If there is something to draw and no `draws`.
+        """
+        if not self.training or self.share == 0:
+            return x
+        if draws is None:
+            raise ValueError("dropout in training needs the rows' keys: give `draws`, or call eval() on the model")
+        return x * draws.kept((x.shape[1], x.shape[2]), self.share) / (1 - self.share)
+
+
+def _place(draws: RowDraws | None, number: int) -> RowDraws | None:
+    return None if draws is None else draws.at(number)
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
+    """A block's output; with `recompute`, in training, its activations are not kept but computed again when needed.
+
+    Source: Chen et al. 2016, arXiv:1604.06174.
+    """
+    if recompute and torch.is_grad_enabled():
+        # Dropout follows from the rows' keys, so there is no state of a generator to restore.
+        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return block(*inputs)
+
+
 class EncoderBlock(nn.Module):
     """Pre-norm bidirectional block, with an optional short convolution in front."""
 
@@ -162,14 +203,14 @@ class EncoderBlock(nn.Module):
         self.mixer = token_mixer(config, rotary)
         self.norm_ffn = nn.LayerNorm(config.d_model)
         self.ffn = feed_forward(config.d_model, config.ffn_multiple)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = RowDropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[batch, length, d_model] in and out; mask [batch, length]."""
+    def forward(self, x: Tensor, mask: Tensor, draws: RowDraws | None = None) -> Tensor:
+        """[batch, length, d_model] in and out; mask [batch, length]; draws: for dropout, in training."""
         if self.conv is not None:
             x = self.conv(x, mask)
-        x = x + self.dropout(self.mixer(self.norm_mixer(x), mask))
-        return x + self.dropout(self.ffn(self.norm_ffn(x)))
+        x = x + self.dropout(self.mixer(self.norm_mixer(x), mask), _place(draws, 0))
+        return x + self.dropout(self.ffn(self.norm_ffn(x)), _place(draws, 1))
 
 
 def time_features(t: Tensor, d_model: int) -> Tensor:
@@ -210,18 +251,36 @@ class FlowBlock(nn.Module):
         self.mixer = token_mixer(config, rotary=True)
         self.cross_attention = Attention(config.d_model, config.num_heads, rotary=False) if cross_attention else None
         self.ffn = feed_forward(config.d_model, config.ffn_multiple)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = RowDropout(config.dropout)
 
     def modulations(self, time: Tensor) -> tuple[Tensor, ...]:
         """Scale and shift of each sub-layer at embedded times [batch, d_model]; each [batch, d_model]."""
         return self.modulation(time).chunk(2 * self.num_sublayers, dim=-1)
 
+    def project_source(self, latents: Tensor, mask: Tensor) -> KeyValues | None:
+        """Keys and values of source latents [batch, length, d_model], where the block reads the source."""
+        return None if self.cross_attention is None else self.cross_attention.project(latents, mask)
+
     def forward(
-        self, x: Tensor, modulations: tuple[Tensor, ...], source: KeyValues | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        modulations: tuple[Tensor, ...],
+        source: KeyValues | None,
+        mask: Tensor | None,
+        draws: RowDraws | None = None,
     ) -> Tensor:
-        """[batch, length, d_model] in and out; mask: the target's, or None; source: projected source latents."""
+        """[batch, length, d_model] in and out.
+
+        Args:
+            x: Features.
+            modulations: From `modulations`.
+            source: Projected source latents.
+            mask: The target's padding mask, or None.
+            draws: For dropout, in training.
+        """
         pairs = list(zip(modulations[::2], modulations[1::2], strict=True))
-        x = x + self.dropout(self.mixer(modulate(self.norm(x), *pairs[0]), mask))
+        x = x + self.dropout(self.mixer(modulate(self.norm(x), *pairs[0]), mask), _place(draws, 0))
         if self.cross_attention is not None:
-            x = x + self.dropout(self.cross_attention(modulate(self.norm(x), *pairs[1]), context=source))
-        return x + self.dropout(self.ffn(modulate(self.norm(x), *pairs[-1])))
+            read = self.cross_attention(modulate(self.norm(x), *pairs[1]), context=source)
+            x = x + self.dropout(read, _place(draws, 1))
+        return x + self.dropout(self.ffn(modulate(self.norm(x), *pairs[-1])), _place(draws, 2))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from yan_core.config import ModelConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, code_commit, sha256_file
@@ -34,7 +35,13 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another format."""
 
 
-def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any]) -> None:
+def save_pretrained(
+    folder: str | Path,
+    model: YanModel,
+    tokenizer: Tokenizer,
+    details: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model folder, atomically.
 
     Args:
@@ -42,11 +49,12 @@ def save_pretrained(folder: str | Path, model: YanModel, tokenizer: Tokenizer, d
         model: The weights are written as they are, bit for bit.
         tokenizer: Written beside them.
         details: What else generation needs, `DETAILS`; any record besides.
+        weights: Written instead of the model's own: a copy of an earlier moment, or averages. Named and shaped alike.
     """
     from yan_core import __version__
 
     with atomic_folder(Path(folder)) as scratch:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in (weights or model.state_dict()).items()}
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         (scratch / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         config = {

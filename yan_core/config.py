@@ -311,6 +311,11 @@ class OptimConfig:
     """AdamW's second beta (the first is 0.9)."""
     clip_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
+    max_skipped: int = 10
+    """Steps in a row that are left out because their gradient is not finite, before training gives up."""
+    ema_decay: float = 0.0
+    """Above 0, a stage leaves the exponential moving average of its weights, with this decay a step, and not the last
+    ones. Early on the decay is smaller, (1 + step) / (10 + step), so that the fresh weights are soon forgotten."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
@@ -318,6 +323,8 @@ class OptimConfig:
         _require(self.clip_norm > 0, f"optim.clip_norm must be > 0, got {self.clip_norm}")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
         _require(0 < self.beta2 < 1, f"optim.beta2 must be in (0, 1), got {self.beta2}")
+        _require(self.max_skipped >= 0, f"optim.max_skipped must be >= 0, got {self.max_skipped}")
+        _require(0 <= self.ema_decay < 1, f"optim.ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
 Part = Literal["target_encoder", "decoder", "source_encoder", "flow"]
@@ -331,7 +338,7 @@ class StageConfig:
     max_steps: int = 500
     """Optimizer steps."""
     batch_size: int = 64
-    """Rows of a step over all workers."""
+    """Rows of a step over all workers; a multiple of data.lanes, or of as many lanes as there are workers."""
     trains: tuple[Part, ...] = ("source_encoder", "flow")
     """Parts that learn; the others are frozen."""
     curriculum_steps: int = 0
@@ -418,13 +425,18 @@ class DataConfig:
     """Share of rows that may be unusable (null, wrong type, target too long); they are counted and set aside."""
     shuffle: bool = True
     """Shuffle all training rows once, when they are prepared; switch off for a corpus larger than the cluster."""
-    shuffle_buffer: int = 4096
-    """Rows each worker shuffles over while it reads, anew each epoch."""
+    pool_batches: int = 32
+    """Batches whose rows are sorted by length together: more means less padding, and batches that are less mixed."""
+    lanes: int = 8
+    """Parts that each pool, and each batch, is made of, whatever the number of workers; a worker takes one or several.
+    The batches depend on it, so set it to the most workers there may ever be. A batch that it does not divide has as
+    many lanes as divide both."""
     rows_per_shard: int = 4_096
     """Rows of an output file."""
 
     def __post_init__(self) -> None:
-        for name in ("max_source_tokens", "max_target_tokens", "window_tokens", "shuffle_buffer", "rows_per_shard"):
+        lengths = ("max_source_tokens", "max_target_tokens", "window_tokens")
+        for name in (*lengths, "pool_batches", "lanes", "rows_per_shard"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} must be >= 1, got {value}")
         _require(
@@ -436,25 +448,48 @@ class DataConfig:
 class ScalingConfig:
     """How training spreads over the cluster; the only section that changes from laptop to cluster."""
 
-    num_workers: int = 2
-    """Ray Train workers."""
+    num_workers: int | tuple[int, int] = 2
+    """Ray Train workers; two numbers are the fewest and the most, between which the training follows the cluster."""
     use_gpu: bool = False
     """One GPU a worker; bfloat16 autocast is then used."""
     cpus_per_worker: float = 1.0
     """Logical CPUs a worker reserves; its PyTorch threads follow."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer are sharded over the workers,
+    for models that do not fit (PyTorch's fully_shard)."""
+    accumulation: int = 1
+    """Passes that a worker cuts its part of a batch into; more of them need less memory."""
+    recompute: bool = False
+    """Compute the blocks' activations a second time in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the loss with torch.compile; pays on a GPU, after a minute or more of compiling."""
     max_failures: int = 3
     """Worker failures after which training is given up; -1: never."""
     checkpoint_every_s: float = 20.0
-    """Seconds between checkpoints, besides the one at the end."""
+    """Seconds between checkpoints, besides the one at the end of a stage."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept while training."""
+    storage: str = ""
+    """Folder or URL (s3://, gs://) for checkpoints that all nodes reach; empty: the run's folder."""
 
     def __post_init__(self) -> None:
-        _require(self.num_workers >= 1, f"scaling.num_workers must be >= 1, got {self.num_workers}")
+        least, most = self.min_workers, self.max_workers
+        _require(1 <= least <= most, f"scaling.num_workers must be >= 1, or [fewest, most], got {self.num_workers}")
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker must be > 0, got {self.cpus_per_worker}")
+        _require(self.accumulation >= 1, f"scaling.accumulation must be >= 1, got {self.accumulation}")
         _require(self.max_failures >= -1, f"scaling.max_failures must be >= 0, or -1, got {self.max_failures}")
         _require(self.keep_checkpoints >= 1, f"scaling.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
         _require(self.checkpoint_every_s > 0, f"scaling.checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 Method = Literal["euler", "midpoint", "heun"]
@@ -530,7 +565,7 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where runs keep their data, checkpoints and model."""
     seed: int = 0
-    """Every random draw follows from it; the order in which Ray Data hands rows to several workers does not."""
+    """Every random draw follows from it, from the epoch and from the row; never from the worker."""
     init_from: str = ""
     """Model folder to start from instead of fresh weights; its tokenizer and architecture are kept."""
     log_every_s: float = 5.0
@@ -568,12 +603,13 @@ class RunConfig:
             f"model.max_positions={self.model.max_positions} is below the longest sequence of data.*_tokens, {longest}",
         )
         for stage in dataclasses.fields(self.stages):
-            batch_size = getattr(self.stages, stage.name).batch_size
-            _require(
-                batch_size % self.scaling.num_workers == 0,
-                f"stages.{stage.name}.batch_size={batch_size} must be a multiple of "
-                f"scaling.num_workers={self.scaling.num_workers}",
-            )
+            batch_size, lanes = getattr(self.stages, stage.name).batch_size, self.data.lanes
+            for workers in range(self.scaling.min_workers, self.scaling.max_workers + 1):
+                _require(
+                    math.gcd(batch_size, lanes) % workers == 0,
+                    f"scaling.num_workers={workers} must divide both stages.{stage.name}.batch_size={batch_size} and "
+                    f"data.lanes={lanes}: a worker takes whole lanes",
+                )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -629,7 +665,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(Any, hint), value, where)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        fitting = [a for a in args if (typing.get_origin(a) is tuple) == isinstance(value, (list, tuple))]
+        return _convert(next((a for a in fitting if a is not type(None)), args[0]), value, where)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
@@ -637,6 +676,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(f"{where} must be a list of {len(args)}, got {value!r}")
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yan_core.blocks import Attention, EncoderBlock, feed_forward
+from yan_core.blocks import Attention, EncoderBlock, RowDropout, feed_forward, run_block
 from yan_core.config import EncoderConfig, ModelConfig
+from yan_core.noise import RowDraws
 
 
 class TokenEncoder(nn.Module):
@@ -17,11 +18,13 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, vocab_size: int, model: ModelConfig, config: EncoderConfig, latent_dim: int = 0) -> None:
         super().__init__()
+        self.recompute = False
+        """Whether the blocks' activations are computed again in the backward pass."""
         self.embedding = nn.Embedding(vocab_size, model.d_model)
         nn.init.normal_(self.embedding.weight, std=config.embed_std)
         self.from_start = self._positions(model, config, "start")
         self.from_end = self._positions(model, config, "end")
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = RowDropout(model.dropout)
         self.blocks = nn.ModuleList(
             EncoderBlock(model, config.conv_kernel, rotary="rotary" in config.positions)
             for _ in range(config.num_blocks)
@@ -41,12 +44,13 @@ class TokenEncoder(nn.Module):
         nn.init.normal_(table.weight, std=config.position_std)
         return table
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, draws: RowDraws | None = None) -> Tensor:
         """Encode token ids.
 
         Args:
             ids: int64, [batch, length].
             mask: True for real tokens, which come before the padding, [batch, length].
+            draws: For dropout, in training.
 
         Returns:
             Latents, [batch, length, latent_dim or d_model]; at padded tokens they mean nothing.
@@ -63,9 +67,9 @@ class TokenEncoder(nn.Module):
             x = x + self.from_start(position)
         if self.from_end is not None:
             x = x + self.from_end((mask.sum(-1, keepdim=True) - 1 - position).clamp_min(0))
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, mask)
+        x = self.dropout(x, draws)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, self.recompute, x, mask, None if draws is None else draws.at(i))
         return self.norm(self.latent_out(x))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yan_core.batching import Batch
-from yan_core.config import AutoencoderLossConfig, FlowLossConfig
+from yan_core.config import AutoencoderLossConfig, FlowLossConfig, ModelConfig
 from yan_core.model import FlowNetwork, Source, YanModel
 from yan_core.moe import (
     balance_loss,
@@ -27,10 +27,14 @@ from yan_core.moe import (
     sum_scopes,
     velocity_log_likelihood,
 )
-from yan_core.noise import Stream, normal, uniform
+from yan_core.noise import RowDraws, Stream, fold, normal, uniform
+from yan_core.parallel import even_share, gather, num_workers
 from yan_core.path import beta_times, endpoint_of, straight_path
 from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
 from yan_core.tokenization import Tokenizer
+
+SOURCE, TARGET, PASSES, SECOND_PASS, SOLVER = range(5)
+"""Places where dropout draws."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,62 @@ def token_weights(ids: Tensor, mask: Tensor, fill_weight: float) -> Tensor:
     return mask * torch.where(after, fill_weight, 1.0)
 
 
-def weighted_cross_entropy(logits: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """Mean cross-entropy, nats a token; logits [batch, length, vocab], ids and weight (or mask) [batch, length]."""
+@dataclass(frozen=True)
+class Counts:
+    """What the terms of a loss are divided by, scalars.
+
+    Of one worker's rows, or its even share of what all workers have in a step (`of_all_workers`): a loss is a mean over
+    the whole step, whoever has how much of it.
+
+    Attributes:
+        weight: Sum of the target tokens' weights.
+        tokens: Real target tokens, the filling included.
+        scopes: Scopes of an expert's draw that hold a real token.
+    """
+
+    weight: Tensor
+    tokens: Tensor
+    scopes: Tensor
+
+    def of_all_workers(self) -> Counts:
+        """This worker's even share of all workers' counts."""
+        return Counts(*even_share(torch.stack([self.weight, self.tokens, self.scopes])))
+
+    def divided(self, parts: int) -> Counts:
+        """The even share of each of some parts."""
+        return Counts(self.weight / parts, self.tokens / parts, self.scopes / parts)
+
+
+def count(batch: Batch, config: AutoencoderLossConfig | FlowLossConfig, model: ModelConfig) -> Counts:
+    """What the terms of a batch's loss are divided by.
+
+    Args:
+        batch: Rows, targets [batch, length].
+        config: Of the loss; says what filling weighs.
+        model: Says what a scope is.
+    """
+    mask = batch.target_mask
+    of_flow = isinstance(config, FlowLossConfig)
+    weight = token_weights(batch.target_ids, mask, config.fill_weight) if of_flow else mask
+    return _count(weight, mask, scope_length(model, mask.shape[1]))
+
+
+def _count(weight: Tensor, mask: Tensor, tokens: int) -> Counts:
+    scopes = (sum_scopes(mask[..., None], mask, tokens) > 0).sum()
+    return Counts(*(c.float().clamp_min(1) for c in (weight.sum(), mask.sum(), scopes)))
+
+
+def weighted_cross_entropy(logits: Tensor, ids: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Mean cross-entropy, nats a token.
+
+    Args:
+        logits: [batch, length, vocab].
+        ids: [batch, length].
+        weight: Of each token, or a mask, [batch, length].
+        count: What the sum is divided by, a scalar; see `Counts`.
+    """
     losses = F.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
-    return (losses * weight).sum() / weight.sum().clamp_min(1)
+    return (losses * weight).sum() / count
 
 
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, sigmas: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> Tensor:
@@ -91,43 +147,67 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, sigmas: tuple[float, ...] = (
         return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
 
-def latent_terms(latents: Tensor, mask: Tensor, keys: Tensor, mmd_tokens: int) -> tuple[Tensor, Tensor]:
+def latent_terms(
+    latents: Tensor, mask: Tensor, keys: Tensor, mmd_tokens: int, num_tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean squared latent, and discrepancy of some real tokens' latents to N(0, I) (arXiv:2604.15009, stage 1).
 
     Args:
         latents: [batch, length, d_model].
         mask: True for real tokens, [batch, length].
         keys: [batch].
-        mmd_tokens: Most tokens used for the discrepancy.
+        mmd_tokens: Most tokens used for the discrepancy, of all workers together.
+        num_tokens: What the sum of squares is divided by, a scalar; see `Counts`.
     """
     real = latents[mask].float()
-    order = uniform(keys, Stream.MMD, (mask.shape[1],))[mask].argsort()[:mmd_tokens]
-    prior = normal(keys[:1], Stream.MMD, (len(order), real.shape[1]))[0].to(real.dtype)
-    return real.square().mean(), maximum_mean_discrepancy(real[order], prior)
+    chosen, draws = _lowest(real, uniform(keys, Stream.MMD, (mask.shape[1],))[mask], mmd_tokens)
+    key = (draws[:1] * 2**31).long()  # the same on every worker
+    prior = normal(key, Stream.MMD_PRIOR, tuple(chosen.shape))[0].to(chosen.dtype)
+    return real.square().sum() / (num_tokens * real.shape[-1]), maximum_mean_discrepancy(chosen, prior)
 
 
-def autoencoder_loss(model: YanModel, batch: Batch, config: AutoencoderLossConfig) -> LossOutput:
+def _lowest(vectors: Tensor, draws: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The vectors [n, d_model] of the lowest draws [n], of all workers together, and these draws, in their order."""
+    order = draws.argsort()[:most]
+    vectors, draws = vectors[order], draws[order]
+    if num_workers() == 1:
+        return vectors, draws
+    mine = torch.full((most,), torch.inf, device=draws.device)
+    mine[: len(draws)] = draws
+    everyone = gather(mine)  # [workers, most]
+    kept = everyone.flatten().sort().values[:most]
+    kept = kept[kept.isfinite()]
+    taken = everyone <= kept[-1]
+    widest = int(taken.sum(1).max())
+    padded = F.pad(vectors, (0, 0, 0, max(0, widest - len(vectors))))[:widest]
+    return gather(padded)[taken[:, :widest]][everyone[taken].argsort()], kept
+
+
+def autoencoder_loss(
+    model: YanModel, batch: Batch, config: AutoencoderLossConfig, counts: Counts | None = None
+) -> LossOutput:
     """Stage 1: reconstruct the clean text from the corrupted one through noisy latents.
 
     Args:
         model: Its target encoder and decoder are used.
         batch: From `autoencoder_batch`; source and target [batch, length].
         config: Weights and noise.
+        counts: What the terms are divided by; None: what this batch holds.
 
     Returns:
         The total, and loss_ce (nats a token), loss_l2, loss_mmd and token_accuracy (a share), all scalars.
 
     Source: arXiv:2604.15009, stage 1.
     """
-    mask = batch.target_mask
-    latents = model.encode_target(batch.source_ids, mask)
+    mask, counts = batch.target_mask, counts or count(batch, config, model.config)
+    latents = model.encode_target(batch.source_ids, mask, RowDraws(batch.keys).at(TARGET))
     scale = uniform(batch.keys, Stream.LATENT_SCALE, (1, 1)) * config.latent_noise
     noisy = latents + scale * normal(batch.keys, Stream.LATENT_NOISE, tuple(latents.shape[1:])).to(latents.dtype)
     logits = model.decoder(noisy)
-    loss_ce = weighted_cross_entropy(logits, batch.target_ids, mask)
-    loss_l2, loss_mmd = latent_terms(latents, mask, batch.keys, config.mmd_tokens)
+    loss_ce = weighted_cross_entropy(logits, batch.target_ids, mask, counts.tokens)
+    loss_l2, loss_mmd = latent_terms(latents, mask, batch.keys, config.mmd_tokens, counts.tokens)
     total = loss_ce + config.weight_l2 * loss_l2 + config.weight_mmd * loss_mmd
-    right = ((logits.argmax(-1) == batch.target_ids) * mask).sum() / mask.sum()
+    right = ((logits.argmax(-1) == batch.target_ids) * mask).sum() / counts.tokens
     parts = {"loss_ce": loss_ce, "loss_l2": loss_l2, "loss_mmd": loss_mmd, "token_accuracy": right}
     return LossOutput(total, {name: value.detach() for name, value in parts.items()})
 
@@ -158,6 +238,7 @@ def match_flow(
     keys: Tensor,
     config: FlowLossConfig,
     num_steps: int,
+    counts: Counts | None = None,
 ) -> Matching:
     """Likelihood of the path under the mixture of experts, gate terms, and the endpoint of the solver.
 
@@ -172,12 +253,13 @@ def match_flow(
         keys: Each row's key for random draws, int64, [batch].
         config: Sigma, likelihood, draw.
         num_steps: Euler steps of the solver.
+        counts: What the terms are divided by; None: what these rows hold.
 
     Source: arXiv:2604.15009; joint likelihood, posterior draw and `top_k` are ours.
     """
     length = mask.shape[1]
     tokens = scope_length(flow.config, length)
-    total_weight = weight.sum().clamp_min(1)
+    counts, draws = counts or _count(weight, mask, tokens), RowDraws(keys)
     path = straight_path(x_0, x_1, t)
     goal = path.u_t if flow.config.prediction == "velocity" else x_1
     at_0, at_t = flow.at(torch.zeros_like(t)), flow.at(t)
@@ -186,17 +268,18 @@ def match_flow(
     # first goes into the second.
     features_t = None
     if flow.config.self_conditioning:
-        features_0 = flow.trunk(x_0, at_0, source, mask)
+        features_0 = flow.trunk(x_0, at_0, source, mask, draws=draws.at(PASSES))
     else:
-        both = flow.trunk(torch.cat([x_0, path.x_t]), at_0.beside(at_t), source.repeat(2), mask.repeat(2, 1))
+        points, steps = torch.cat([x_0, path.x_t]), at_0.beside(at_t)
+        apart = RowDraws(torch.cat([keys, fold(keys, 1)])).at(PASSES)
+        both = flow.trunk(points, steps, source.repeat(2), mask.repeat(2, 1), draws=apart)
         features_0, features_t = both.chunk(2)
     gate_0 = gate_log_probs(flow.gate(features_0, source.mean, at_0.embedding), mask, tokens)
 
     # The experts that take part: all, or a few a scope.
     routed = None
     if flow.config.top_k:
-        draws = uniform(keys, Stream.ROUTING, tuple(gate_0.shape[1:]))
-        routed = choose_experts(gate_0, draws, flow.config.top_k)
+        routed = choose_experts(gate_0, uniform(keys, Stream.ROUTING, tuple(gate_0.shape[1:])), flow.config.top_k)
 
     def outputs(features: Tensor) -> Tensor:
         return (
@@ -218,7 +301,7 @@ def match_flow(
         known = prior_0 + log_0 if config.expert_draw == "posterior" else prior_0
         guess = _guess(flow, x_0, features_0, _pick(routed, draw_expert(known, uniforms)), tokens)
         kept = uniform(keys, Stream.GUESS, (1, 1)) < 0.5  # half of the rows do without, as at the first step
-        features_t = flow.trunk(path.x_t, at_t, source, mask, guess * kept)
+        features_t = flow.trunk(path.x_t, at_t, source, mask, guess * kept, draws.at(SECOND_PASS))
 
     # Which expert explains the path: log pi_k + log N(u | v_k).
     log_t = log_likelihood(features_t)
@@ -229,19 +312,20 @@ def match_flow(
         prior = among_routed(gate_log_probs(flow.gate(features_t, source.mean, at_t.embedding), mask, tokens))
         log_joint = prior + log_t
     # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
-    loss_flow = -log_joint.logsumexp(-1).sum() / (total_weight * x_1.shape[-1])
+    loss_flow = -log_joint.logsumexp(-1).sum() / (counts.weight * x_1.shape[-1])
 
     responsibility = log_joint.detach().softmax(-1)
     scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
-    loss_gate = -((responsibility * prior).sum(-1) * scope_is_real).sum() / scope_is_real.sum().clamp_min(1)
+    loss_gate = -((responsibility * prior).sum(-1) * scope_is_real).sum() / counts.scopes
 
     # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
     drawn = draw_expert(log_joint if config.expert_draw == "posterior" else prior_0, uniforms)
     expert = spread(_pick(routed, drawn), tokens, length)
     grid = time_grid(num_steps)
-    field = FrozenExpertField(flow, source, evaluation_times(grid), mask, expert=expert, features_0=features_0)
+    times = evaluation_times(grid)
+    field = FrozenExpertField(flow, source, times, mask, expert=expert, features_0=features_0, draws=draws.at(SOLVER))
     endpoint = solve(field, x_0, grid)
-    loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / total_weight
+    loss_end = ((endpoint - x_1).float().square().mean(-1) * weight).sum() / counts.weight
 
     shares = expert_shares(gate_0, scope_is_real)
     terms = {
@@ -249,7 +333,7 @@ def match_flow(
         "loss_end": loss_end,
         "loss_gate": loss_gate,
         "loss_balance": balance_loss(shares),
-        "gate_entropy": gate_entropy(gate_0, scope_is_real),
+        "gate_entropy": gate_entropy(gate_0, scope_is_real, counts.scopes),
     }
     return Matching(endpoint, terms, shares.detach().max() * len(shares))
 
@@ -266,7 +350,9 @@ def _guess(flow: FlowNetwork, x_0: Tensor, features_0: Tensor, expert_BS: Tensor
         return endpoint_of(flow.velocity(output, x_0, 0.0), x_0, 0.0)
 
 
-def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: int) -> LossOutput:
+def flow_loss(
+    model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: int, counts: Counts | None = None
+) -> LossOutput:
     """Stages 2 and 3: likelihood of the path, and endpoint error and cross-entropy through the solver.
 
     Args:
@@ -274,6 +360,7 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
         batch: From `infilling_batch` or `task_batch`; source [batch, source_length], target [batch, length].
         config: Weights, likelihood and draw.
         num_steps: Euler steps of the solver in this batch.
+        counts: What the terms are divided by; None: what this batch holds.
 
     Returns:
         The total, and its unweighted terms by name: loss_flow in nats a token and latent component, loss_end in squared
@@ -284,20 +371,22 @@ def flow_loss(model: YanModel, batch: Batch, config: FlowLossConfig, num_steps: 
 
     Source: arXiv:2604.15009, stages 2 and 3; joint likelihood, posterior draw and gate term are ours.
     """
-    mask = batch.target_mask
+    mask, draws = batch.target_mask, RowDraws(batch.keys)
+    counts = counts or count(batch, config, model.config)
     weight = token_weights(batch.target_ids, mask, config.fill_weight)
-    x_1 = model.encode_target(batch.target_ids, mask)
+    x_1 = model.encode_target(batch.target_ids, mask, draws.at(TARGET))
     x_0 = model.config.init_noise * normal(batch.keys, Stream.SOURCE_NOISE, tuple(x_1.shape[1:])).to(x_1.dtype)
     t = beta_times(uniform(batch.keys, Stream.TIME, ()), config.time_alpha, config.time_beta)
-    source = model.encode_source(batch.source_ids, batch.source_mask)
-    matching = match_flow(model.flow, x_0, x_1, t, source, mask, weight, batch.keys, config, num_steps)
+    source = model.encode_source(batch.source_ids, batch.source_mask, draws.at(SOURCE))
+    matching = match_flow(model.flow, x_0, x_1, t, source, mask, weight, batch.keys, config, num_steps, counts)
 
     terms = dict(matching.terms)
-    terms["loss_ce"] = weighted_cross_entropy(model.decoder(matching.endpoint), batch.target_ids, weight)
+    logits = model.decoder(matching.endpoint)
+    terms["loss_ce"] = weighted_cross_entropy(logits, batch.target_ids, weight, counts.weight)
     if model.length_head is not None:
         terms["loss_length"] = F.cross_entropy(model.length_head(source.mean).float(), mask.sum(-1).clamp_min(1) - 1)
     if config.weight_l2 or config.weight_mmd:
-        terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens)
+        terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens, counts.tokens)
     output = weigh(terms, config)
     return LossOutput(output.total, {**output.parts, "expert_load_max": matching.load_max})
 
@@ -324,10 +413,14 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, batch: Batch, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: Batch) -> Counts:
+        """What the terms of a batch's loss are divided by."""
+        return count(batch, self.config, self.model.config)
+
+    def forward(self, batch: Batch, num_steps: int, counts: Counts | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its parts, scalars, of rows [batch, length]; `num_steps` has no meaning in stage 1."""
         if isinstance(self.config, AutoencoderLossConfig):
-            output = autoencoder_loss(self.model, batch, self.config)
+            output = autoencoder_loss(self.model, batch, self.config, counts)
         else:
-            output = flow_loss(self.model, batch, self.config, num_steps)
+            output = flow_loss(self.model, batch, self.config, num_steps, counts)
         return output.total, output.parts

@@ -12,10 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from yan_core.blocks import FlowBlock, KeyValues, TimeEmbedding
+from yan_core.blocks import FlowBlock, KeyValues, TimeEmbedding, run_block
 from yan_core.config import ModelConfig
 from yan_core.latents import TokenDecoder, TokenEncoder
 from yan_core.moe import ExpertHeads, Gate
+from yan_core.noise import RowDraws
 from yan_core.path import velocity_to
 
 
@@ -72,6 +73,8 @@ class FlowNetwork(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether the blocks' activations are computed again in the backward pass."""
         self.positions = nn.Embedding(config.max_positions, config.d_model)
         # Not small: at t = 0 a token is told from its neighbours by its position alone, under noise of unit scale.
         nn.init.normal_(self.positions.weight, std=0.5)
@@ -97,11 +100,7 @@ class FlowNetwork(nn.Module):
         """Project source latents [batch, length, d_model] with padding mask [batch, length]."""
         keep = mask[..., None].to(latents.dtype)
         mean = (latents * keep).sum(1) / keep.sum(1).clamp_min(1)
-        projected = tuple(
-            None if block.cross_attention is None else block.cross_attention.project(latents, mask)
-            for block in self._blocks
-        )
-        return Source(projected, mean)
+        return Source(tuple(block.project_source(latents, mask) for block in self._blocks), mean)
 
     def at(self, t: Tensor) -> TimeStep:
         """Embed times [batch]; a single one holds for rows in any number."""
@@ -109,7 +108,13 @@ class FlowNetwork(nn.Module):
         return TimeStep(embedding, tuple(block.modulations(embedding) for block in self._blocks))
 
     def trunk(
-        self, x_t: Tensor, step: TimeStep, source: Source, mask: Tensor | None, guess: Tensor | None = None
+        self,
+        x_t: Tensor,
+        step: TimeStep,
+        source: Source,
+        mask: Tensor | None,
+        guess: Tensor | None = None,
+        draws: RowDraws | None = None,
     ) -> Tensor:
         """Features at (x_t, t). One call is one function evaluation (NFE).
 
@@ -120,6 +125,7 @@ class FlowNetwork(nn.Module):
             mask: True for real target tokens, [batch, length]; None: all are.
             guess: Estimate of x_1 from an earlier pass, shaped like x_t, for self-conditioning (Chen et al. 2022,
                 arXiv:2208.04202); None: there is none yet.
+            draws: For dropout, in training.
 
         Returns:
             [batch, length, d_model].
@@ -127,8 +133,10 @@ class FlowNetwork(nn.Module):
         x = self.latent_in(x_t) + self.positions.weight[: x_t.shape[1]]
         if guess is not None and self.guess_in is not None:
             x = x + self.guess_in(guess)
-        for block, modulations, projected in zip(self.blocks, step.modulations, source.keys_values, strict=True):
-            x = block(x, modulations, projected, mask)
+        of_blocks = zip(self.blocks, step.modulations, source.keys_values, strict=True)
+        for i, (block, modulations, projected) in enumerate(of_blocks):
+            draw = None if draws is None else draws.at(i)
+            x = run_block(block, self.recompute, x, modulations, projected, mask, draw)
         return self.norm(x)
 
     def velocity(self, outputs: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
@@ -172,14 +180,14 @@ class YanModel(nn.Module):
         self.decoder = TokenDecoder(vocab_size, config)
         self.length_head = None if config.length == "fill" else LengthHead(config.d_model, config.max_positions)
 
-    def encode_target(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_target(self, ids: Tensor, mask: Tensor, draws: RowDraws | None = None) -> Tensor:
         """x_1 of target ids [batch, length] with padding mask [batch, length]: [batch, length, latent_dim]."""
-        return self.target_encoder(ids, mask)
+        return self.target_encoder(ids, mask, draws)
 
-    def encode_source(self, ids: Tensor, mask: Tensor) -> Source:
+    def encode_source(self, ids: Tensor, mask: Tensor, draws: RowDraws | None = None) -> Source:
         """What the flow needs of source ids [batch, length] with padding mask [batch, length]."""
         encoder = self.target_encoder if self.source_encoder is None else self.source_encoder
-        return self.flow.source(encoder(ids, mask), mask)
+        return self.flow.source(encoder(ids, mask, draws), mask)
 
     def forward(
         self, x_t: Tensor, t: Tensor, source: Source, mask: Tensor | None = None, guess: Tensor | None = None
@@ -202,6 +210,12 @@ class YanModel(nn.Module):
         if self.config.prediction == "endpoint":
             outputs = (outputs - x_t[:, :, None]) / (1 - t)[:, None, None, None]
         return outputs, self.flow.gate(features, source.mean, step.embedding)
+
+    def recompute(self, on: bool) -> None:
+        """Whether to compute the blocks' activations again in the backward pass instead of keeping them."""
+        for module in (self.target_encoder, self.source_encoder, self.flow):
+            if module is not None:
+                module.recompute = on
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Parameters; without `embeddings`, token embeddings, positions and the vocabulary head are left out."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yan_core.config import ModelConfig
+from yan_core.parallel import total
 
 
 @torch.compiler.assume_constant_result
@@ -197,13 +198,14 @@ def gather_expert(v_BLKD: Tensor, expert_BL: Tensor) -> Tensor:
 
 
 def expert_shares(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
-    """Mean mixture weight of each expert over the scopes that hold a real token, [num_experts].
+    """Mean mixture weight of each expert over the scopes of all workers that hold a real token, [num_experts].
 
     Args:
         log_probs_BSK: From `gate_log_probs`, [batch, scopes, num_experts].
         real_BS: True for scopes that hold a real token, [batch, scopes].
     """
-    return (log_probs_BSK.exp() * real_BS[..., None]).sum((0, 1)) / real_BS.sum().clamp_min(1)
+    sums = total((log_probs_BSK.exp() * real_BS[..., None]).sum((0, 1)))
+    return sums / total(real_BS.sum().float()).clamp_min(1)
 
 
 def balance_loss(share_K: Tensor) -> Tensor:
@@ -211,12 +213,13 @@ def balance_loss(share_K: Tensor) -> Tensor:
     return (share_K * (share_K.clamp_min(1e-9).log() + math.log(len(share_K)))).sum()
 
 
-def gate_entropy(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
+def gate_entropy(log_probs_BSK: Tensor, real_BS: Tensor, num_scopes: Tensor) -> Tensor:
     """Mean entropy of the gate in nats, a scalar.
 
     Args:
         log_probs_BSK: From `gate_log_probs`, [batch, scopes, num_experts].
         real_BS: True for scopes that hold a real token, [batch, scopes].
+        num_scopes: How many of these there are, a scalar.
     """
     entropy_BS = -(log_probs_BSK.exp() * log_probs_BSK).sum(-1)
-    return (entropy_BS * real_BS).sum() / real_BS.sum().clamp_min(1)
+    return (entropy_BS * real_BS).sum() / num_scopes

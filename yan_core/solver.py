@@ -11,6 +11,7 @@ from torch import Tensor
 from yan_core.config import Method
 from yan_core.model import FlowNetwork, Source
 from yan_core.moe import draw_expert, gate_log_probs, scope_length, spread
+from yan_core.noise import RowDraws
 from yan_core.path import endpoint_of
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -98,6 +99,7 @@ class FrozenExpertField:
         expert: Tensor | None = None,
         features_0: Tensor | None = None,
         guidance_scale: float = 1.0,
+        draws: RowDraws | None = None,
     ) -> None:
         """Prepare to solve.
 
@@ -111,7 +113,9 @@ class FrozenExpertField:
             features_0: Trunk features at (x_0, 0) where they are known already, as in training.
             guidance_scale: w of v_0 + w (v - v_0), v_0 being the velocity without a source; other than 1 it costs a
                 second trunk pass an evaluation (Ho and Salimans 2022, arXiv:2207.12598).
+            draws: For dropout, in training; without guidance.
         """
+        self.draws = draws
         self.flow, self.mask, self.uniforms, self.expert = flow, mask, uniforms, expert
         self.guidance_scale, self.features_0 = guidance_scale, features_0
         self.guided = guidance_scale != 1.0
@@ -157,7 +161,8 @@ class FrozenExpertField:
             mask = None if mask is None else torch.cat([mask, mask])
             guess = None if guess is None else torch.cat([guess, guess])
         self.nfe += 2 if self.guided else 1
-        return self.flow.trunk(x, self.steps[i], self.source, mask, guess)
+        draws = None if self.draws is None else self.draws.at(i)
+        return self.flow.trunk(x, self.steps[i], self.source, mask, guess, draws)
 
     def _draw(self, features: Tensor, time: Tensor, uniforms: Tensor) -> Tensor:
         """Expert of each token from the gate at t = 0, [batch, length]."""

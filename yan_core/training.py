@@ -8,9 +8,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from yan_core.batching import Batch
 from yan_core.config import OptimConfig, Part
+from yan_core.loss import Counts
 from yan_core.mamba import MambaScan
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, uniform
@@ -84,8 +87,36 @@ def draw_solver_steps(choices: tuple[int, ...], seed: int, step: int) -> int:
     return choices[int(float(uniform(key, Stream.SOLVER_STEPS, ())) * len(choices))]
 
 
+class WeightAverage:
+    """Exponential moving average of a model's weights.
+
+    Source: Polyak and Juditsky 1992; the growing decay is that of TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, model: YanModel, decay: float) -> None:
+        """Begin with the model's weights of now; `decay` in [0, 1)."""
+        self.decay = decay
+        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: YanModel, step: int) -> None:
+        """Move towards the model's weights, after optimizer step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        now = model.state_dict()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.weights[name].lerp_(now[name], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, model: YanModel) -> None:
+        """Go on from averages saved earlier, given as the weights of a whole model."""
+        for name, value in model.state_dict().items():
+            own = self.weights[name]
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+
+
 class _Loss(Protocol):
-    def __call__(self, batch: Batch, num_steps: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def __call__(self, batch: Batch, num_steps: int, counts: Counts | None) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def train_step(
@@ -96,8 +127,10 @@ def train_step(
     lr: float,
     clip_norm: float,
     bf16: bool = False,
+    counts: Counts | None = None,
+    parts: int = 1,
 ) -> dict[str, Tensor]:
-    """One forward, backward and update.
+    """One update, after one forward and backward pass over each part of a batch.
 
     Args:
         objective: Gives the total loss and its parts; an `Objective`, or one wrapped for data parallelism.
@@ -107,6 +140,8 @@ def train_step(
         lr: Learning rate of this step.
         clip_norm: Largest gradient norm.
         bf16: Whether to run the forward pass in bfloat16 autocast.
+        counts: What the loss is divided by, from `Objective.counts`; needed where it is not what one pass holds.
+        parts: Passes that the batch is cut into, which saves memory; their gradients are summed up.
 
     Returns:
         `loss`, its parts and `grad_norm`, detached scalars on the device.
@@ -115,19 +150,27 @@ def train_step(
         NonFiniteLoss: Before the update, if the gradient is not finite; names the parts of the loss.
     """
     device = batch.keys.device.type
-    with torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext():
-        loss, parts = objective(batch, num_steps)
+    pieces = batch.split(parts) if parts > 1 else [batch]
+    share = counts and counts.divided(len(pieces))
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    sums: dict[str, Tensor] = {}
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        with nullcontext() if last or not isinstance(objective, DistributedDataParallel) else objective.no_sync():
+            with torch.autocast(device, dtype=torch.bfloat16) if bf16 else nullcontext():
+                loss, terms = objective(piece, num_steps, share)
+            (loss / len(pieces)).backward()
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            sums[name] = sums.get(name, 0) + value / len(pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
     if not bool(torch.isfinite(grad_norm)):
-        shown = ", ".join(f"{k}={float(v):.4g}" for k, v in parts.items())
+        shown = ", ".join(f"{k}={float(v):.4g}" for k, v in sums.items())
         raise NonFiniteLoss(
-            f"the gradient is not finite (loss={float(loss.detach()):.4g}, {shown}); the weights stay as they were. "
+            f"the gradient is not finite ({shown}); the weights stay as they were. "
             "Lower optim.lr or optim.clip_norm, or look at the last batch."
         )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    return {"loss": loss.detach(), **parts, "grad_norm": grad_norm}
+    return {**sums, "grad_norm": grad_norm}

@@ -1,4 +1,7 @@
-"""Prepared rows -> batches."""
+"""Shards -> stream -> the batches of each worker."""
+
+import itertools
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -7,97 +10,188 @@ import pytest
 import torch
 
 from pipelines.cluster import ray_session
-from pipelines.loader import StageCollate, row_keys
+from pipelines.loader import StageBatches, ahead, row_keys
 from pipelines.prepare import Prepared
-from pipelines.stream import batches_read, open_stage
+from pipelines.stream import ReadLane, StageStream, open_stream, read_rows_of, stage_order
 from yan_core.config import RunConfig, from_dict
 from yan_core.tokenization import Tokenizer
+from yan_core.training import TrainingFailed
+
+ROWS = {"flow": 150, "finetune": 230}
+SETTINGS = {
+    "stages": {stage: {"max_steps": 20, "batch_size": 16} for stage in ("autoencoder", "flow", "finetune")},
+    "data": {"pool_batches": 4, "lanes": 4},
+    "scaling": {"num_workers": 1},
+}
+CONFIG = from_dict(RunConfig, SETTINGS)
 
 
-def pool(lengths):
-    rows = [list(range(4, 4 + n)) for n in lengths]
-    epoch = pa.array([0] * len(rows), pa.int32())
-    ids = pa.array(rows, pa.list_(pa.int32()))
-    place = pa.array(range(len(rows)), pa.int32())
-    return pa.table(
-        {"epoch": epoch, "place": place, "source": ids, "target": pa.array([r[:2] for r in rows], pa.list_(pa.int32()))}
-    )
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Prepared:
+    """Rows of 1 to 30 tokens, the first two of which tell which row it is, in shards of 100 rows."""
+    folder, files = tmp_path_factory.mktemp("prepared"), {}
+    rng = np.random.default_rng(0)
+    for part, rows in ROWS.items():
+        (folder / part).mkdir()
+        ids = [[10 + i // 100, 10 + i % 100, *rng.integers(200, 300, rng.integers(0, 29))] for i in range(rows)]
+        for start in range(0, rows, 100):
+            cut = pa.array(ids[start : start + 100], pa.list_(pa.int32()))
+            targets = pa.array([r[:2] for r in ids[start : start + 100]], pa.list_(pa.int32()))
+            table = pa.table({"target": cut} if part == "flow" else {"source": cut, "target": targets})
+            name = f"{part}/{start}.parquet"
+            pq.write_table(table, folder / name, row_group_size=30)
+            files[name] = {"rows": len(cut)}
+    return Prepared(folder, {"rows": ROWS, "files": files})
 
 
-def collate(batch_size, skip=0):
-    settings = {"stages": {"finetune": {"batch_size": batch_size}}, "scaling": {"num_workers": 1}}
-    return StageCollate(from_dict(RunConfig, settings), "finetune", workers=1, skip_steps=skip)
+def blocks(prepared, config, stages, step=0):
+    """The stream of `open_stream` without Ray."""
+    left = []
+    for i, stage in enumerate(stages):
+        order = stage_order(prepared, stage, config)
+        left.append(StageStream(stage, order, order.pools(step if i == 0 else 0)))
+    read = ReadLane(left)
+    return [read.read(n) for n in range(read.first[-1])]
 
 
-def test_a_pool_gives_batches_of_like_length_and_every_row_once():
-    lengths = np.random.default_rng(0).permutation(np.arange(1, 33)).tolist()
-    batches = collate(8)(pool(lengths))
-    seen = [b["source_mask"].sum(-1).tolist() for b in batches]
-    assert sorted(sum(seen, [])) == list(range(1, 33))
-    assert all(max(s) - min(s) == 7 for s in seen)
+def batches(prepared, config, stage, step=0, workers=1):
+    """Each step's batch of each worker."""
+    stream = blocks(prepared, config, [stage], step)
+    of_worker = [StageBatches(iter(stream[r::workers]), config, r, workers).stage(stage, step) for r in range(workers)]
+    return list(zip(*of_worker, strict=True))
 
 
-def test_a_curriculum_begins_with_the_shortest_rows_and_goes_on_alike_after_a_restart():
-    settings = {"stages": {"finetune": {"batch_size": 4, "curriculum_steps": 8, "max_steps": 20}}}
-    config = from_dict(RunConfig, settings)
-
-    def longest(skip):
-        stage = StageCollate(config, "finetune", workers=1, skip_steps=skip)
-        pools = [stage(pool(range(1, 33))) for _ in range(5)]
-        return [int(b["source_mask"].sum(-1).max()) for batches in pools for b in batches], [len(b) for b in pools]
-
-    seen, counts = longest(skip=0)
-    assert counts == [1, 2, 4, 8, 8]
-    assert seen[0] == 4 and sorted(seen[1:3]) == [4, 8] and max(seen[3:7]) == 16 and max(seen[7:15]) == 32
-    assert longest(skip=6)[0] == seen[6:]
-    assert batches_read(config.stages.finetune) == 40
+def rows_of(batch):
+    """Which rows a batch holds, by the tokens that tell."""
+    return [tuple(ids[:2].tolist()) for ids in batch.target_ids]
 
 
-def test_a_pool_that_was_sliced_keeps_its_rows():
-    whole = pool([1, 2, 3, 4, 5, 6])
-    (batch,) = collate(4)(whole.slice(2))
-    assert sorted(batch["source_mask"].sum(-1).tolist()) == [3, 4, 5, 6]
+def test_rows_are_read_by_their_places_whatever_the_row_groups(prepared):
+    path, _ = prepared.shards("finetune")[0]
+    whole = pq.read_table(path)
+    places = np.array([99, 0, 31, 30, 30, 64])
+    assert read_rows_of(path, places, ["source"]) == whole.select(["source"]).take(places)
 
 
-def test_draws_of_a_row_follow_from_content_place_seed_and_epoch_only():
-    places = np.array([0, 1])
-    rows = [np.array([4, 5, 6], dtype=np.int32), np.array([7], dtype=np.int32)]
-    epochs = np.array([2, 2])
-    keys = row_keys(rows, 1, epochs, places)
-    assert torch.equal(row_keys(rows[::-1], 1, epochs, places[::-1].copy()), keys.flip(0))
-    assert not (row_keys(rows, 1, epochs + 1, places) == keys).any()
-    assert not (row_keys(rows, 2, epochs, places) == keys).any()
-    equal = row_keys([rows[0]] * 5, 1, np.zeros(5), np.arange(5))
-    assert len(set(equal.tolist())) == 5  # equal rows, such as one label many times, are noised differently
+@pytest.mark.parametrize("stage", ["autoencoder", "flow", "finetune"])
+def test_each_row_of_an_epoch_comes_once(prepared, stage):
+    stream = blocks(prepared, CONFIG, [stage])
+    seen = [pair for block in stream for pair in zip(block["epoch"].to_pylist(), block["row"].to_pylist(), strict=True)]
+    total = sum(ROWS.values()) if stage == "autoencoder" else ROWS[stage]
+    assert len(seen) == len(set(seen)) == 20 * 16
+    whole_epochs = len(seen) // total
+    for epoch in range(whole_epochs):
+        assert sorted(row for e, row in seen if e == epoch) == list(range(total))
 
 
-def test_batches_done_before_a_restart_are_passed_over():
-    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 30, 64)]
-    whole, resumed = collate(8), collate(8, skip=11)
-    first, second = whole(pool(lengths)), whole(pool(lengths))
-    assert resumed(pool(lengths)) == []
-    left = resumed(pool(lengths))
-    assert len(first) == 8 and len(left) == 5
-    assert all(torch.equal(a["source_ids"], b["source_ids"]) for a, b in zip(left, second[3:], strict=True))
+def test_a_step_has_the_same_rows_and_draws_however_many_workers_share_it(prepared):
+    one, two = batches(prepared, CONFIG, "flow"), batches(prepared, CONFIG, "flow", workers=2)
+    four = batches(prepared, CONFIG, "flow", workers=4)
+    for alone, pair, quartet in zip(one, two, four, strict=True):
+        expected = sorted(zip(alone[0].keys.tolist(), rows_of(alone[0]), strict=True))
+        for shared in (pair, quartet):
+            assert sorted(k for b in shared for k in zip(b.keys.tolist(), rows_of(b), strict=True)) == expected
+            assert len({len(b.keys) for b in shared}) == 1
+    corrupted = {int(k): s.tolist() for k, s in zip(one[3][0].keys, one[3][0].source_ids, strict=True)}
+    for half in two[3]:
+        for key, source in zip(half.keys, half.source_ids, strict=True):
+            short = source.tolist()
+            assert corrupted[int(key)][: len(short)] == short  # padded differently at most
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 19])
+def test_after_a_restart_the_batches_are_those_that_were_left(prepared, step):
+    whole, rest = batches(prepared, CONFIG, "finetune"), batches(prepared, CONFIG, "finetune", step)
+    assert len(rest) == 20 - step
+    for (before,), (after,) in zip(whole[step:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
+
+
+def test_a_batch_holds_rows_of_like_length(prepared):
+    def spread(pool_batches):
+        config = from_dict(RunConfig, {**SETTINGS, "data": {"pool_batches": pool_batches, "lanes": 1}})
+        lengths = [b.source_mask.sum(-1).float() for (b,) in batches(prepared, config, "finetune")]
+        return float(torch.stack([ln.max() - ln.min() for ln in lengths]).mean())
+
+    assert spread(14) < 5 < 25 < spread(1)
+
+
+def test_a_block_that_came_to_the_wrong_worker_is_noticed(prepared):
+    stream = blocks(prepared, CONFIG, ["flow"])
+    stream[0], stream[1] = stream[1], stream[0]
+    with pytest.raises(TrainingFailed, match=r"out of order: expected stage, step, lane \('flow', 0, 0\), got"):
+        next(StageBatches(iter(stream), CONFIG).stage("flow", 0))
+
+
+def test_a_stream_that_ends_early_is_noticed(prepared):
+    stream = blocks(prepared, CONFIG, ["flow"])[:4]
+    with pytest.raises(TrainingFailed, match="stage flow ran out of rows at step 4"):
+        list(StageBatches(iter(stream), CONFIG).stage("flow", 0))
+
+
+def test_draws_of_a_row_follow_from_row_seed_and_epoch_only():
+    rows, epochs = np.arange(5), np.full(5, 2)
+    keys = row_keys(1, epochs, rows)
+    assert torch.equal(row_keys(1, epochs, rows[::-1].copy()), keys.flip(0))
+    assert len(set(keys.tolist())) == 5
+    assert not (row_keys(1, epochs + 1, rows) == keys).any()
+    assert not (row_keys(2, epochs, rows) == keys).any()
+
+
+def test_targets_of_a_task_are_filled_with_end_of_text(prepared):
+    (batch,) = batches(prepared, CONFIG, "finetune")[0]
+    assert batch.target_ids.shape == (16, CONFIG.data.max_target_tokens)
+    assert (batch.target_ids[:, 2:] == Tokenizer.eos_id).all()
+    assert batch.target_mask.all()
 
 
 @pytest.mark.ray
-def test_every_row_is_streamed_once_an_epoch(tmp_path):
-    """`read_parquet` would have read a file named twice only once."""
-    folder = tmp_path / "finetune"
-    folder.mkdir()
-    for shard in range(3):
-        ids = pa.array([[shard * 10 + i] for i in range(10)], pa.list_(pa.int32()))
-        pq.write_table(pa.table({"source": ids, "target": ids}), folder / f"{shard}.parquet")
-    settings = {"stages": {"finetune": {"max_steps": 12, "batch_size": 5}}, "scaling": {"num_workers": 1}}
-    prepared = Prepared(tmp_path, {"rows": {"finetune": 30}})
+def test_ray_data_hands_each_worker_its_blocks_in_order(prepared):
+    """All stages in one stream, split as Ray Train splits it."""
+    stages = ["autoencoder", "flow", "finetune"]
+    expected = blocks(prepared, CONFIG, stages, step=6)
     with ray_session(1, 1):
-        rows = open_stage(prepared, "finetune", from_dict(RunConfig, settings)).take_all()
-    assert sorted((r["epoch"], r["source"][0]) for r in rows) == [(e, i) for e in range(4) for i in range(30)]
+        stream = open_stream(prepared, CONFIG, stages, step=6)
+        stream.context.execution_options.preserve_order = True
+        halves = stream.streaming_split(2, equal=True)
+
+        def read(half):
+            return [b for b in half.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)]
+
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(read, halves))
+    for rank in (0, 1):
+        mine = expected[rank::2]
+        assert len(got[rank]) == len(mine)
+        assert all(a.to_pylist() == b.to_pylist() for a, b in zip(got[rank], mine, strict=True))
 
 
-def test_targets_of_a_task_are_filled_with_end_of_text():
-    (batch,) = collate(4)(pool([2, 2, 2, 2]))
-    assert batch["target_ids"].shape == (4, RunConfig().data.max_target_tokens)
-    assert (batch["target_ids"][:, 2:] == Tokenizer.eos_id).all()
-    assert batch["target_mask"].all()
+def test_batches_made_ahead_keep_their_order_and_errors():
+    def work():
+        yield from range(5)
+        raise ValueError("no more")
+
+    read = ahead(work(), depth=2)
+    assert list(itertools.islice(read, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="no more"):
+        next(read)
+    assert list(ahead(iter(range(100)))) == list(range(100))
+
+
+def test_batches_made_ahead_stop_when_nobody_reads():
+    made = []
+
+    def work():
+        for i in itertools.count():
+            made.append(i)
+            yield i
+
+    read = ahead(work(), depth=2)
+    next(read)
+    read.close()
+    time.sleep(0.3)
+    count = len(made)
+    time.sleep(0.3)
+    assert len(made) == count < 10

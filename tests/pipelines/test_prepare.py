@@ -65,7 +65,7 @@ def config_for(tmp_path, kind="jsonl", rows=ROWS, **data) -> RunConfig:
 def test_files_become_filtered_mapped_tokenised_shards(tmp_path, kind):
     prepared = prepare(config_for(tmp_path, kind), tmp_path / "out")
     assert prepared.manifest["rows"]["finetune"] == 20
-    table = pq.read_table(prepared.files("finetune"))
+    table = pq.read_table([path for path, _ in prepared.shards("finetune")])
     tokenizer = prepared.tokenizer
     pairs = {(tokenizer.decode(r["source"]), tokenizer.decode(r["target"])) for r in table.to_pylist()}
     assert pairs == {(f"{r['story']} {r['question']}", r["answer"]) for r in ROWS if r["task"] == "a"}
@@ -84,7 +84,10 @@ def test_plain_text_files_are_a_corpus(tmp_path):
         RunConfig, {"data": {"dataset": "own", "corpus": "plain", "datasets": datasets, "window_tokens": 3}}
     )
     prepared = prepare(config, tmp_path / "out")
-    windows = [prepared.tokenizer.decode(r["target"]) for r in pq.read_table(prepared.files("flow")).to_pylist()]
+    windows = [
+        prepared.tokenizer.decode(r["target"])
+        for r in pq.read_table([path for path, _ in prepared.shards("flow")]).to_pylist()
+    ]
     assert sorted(windows) == sorted(["one two three", "four five", "six seven"])
 
 
@@ -130,7 +133,7 @@ def test_a_corpus_row_that_is_no_text_counts(tmp_path):
 def test_damaged_shards_are_noticed(tmp_path):
     prepared = prepare(config_for(tmp_path), tmp_path / "out")
     assert prepared.is_whole()
-    shard = Path(prepared.files("finetune")[0])
+    shard = Path(prepared.shards("finetune")[0][0])
     whole = shard.read_bytes()
     for damage in (lambda: shard.write_bytes(whole[:-10]), shard.unlink):
         damage()
@@ -142,7 +145,8 @@ def test_damaged_shards_are_noticed(tmp_path):
 def test_the_same_seed_gives_the_same_shards(tmp_path, tiny_config):
     first, second = (prepare(tiny_config, tmp_path / name) for name in ("one", "two"))
     assert {**first.manifest, "files": None} == {**second.manifest, "files": None}  # Ray Data names its files anew
-    assert pq.read_table(first.files("finetune")) == pq.read_table(second.files("finetune"))
+    one, two = ([path for path, _ in prepared.shards("finetune")] for prepared in (first, second))
+    assert pq.read_table(one) == pq.read_table(two)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,27 @@
-"""A checkpoint of training: what it brings back, and what it refuses."""
+"""A stage's state: what a checkpoint brings back, and what it refuses."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipelines.train import StageJob, StageState
+from pipelines.checkpoints import Checkpoints, Position
+from pipelines.order import RowOrder, StageOrder
+from pipelines.state import StageJob, StageState
+from pipelines.train import left_from
 from yan_core.checkpoint import CheckpointError
-from yan_core.config import RunConfig
+from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
 from yan_core.tokenization import Tokenizer
 
 JOB = StageJob(stage="finetune", inputs={}, fingerprint="f", init_from="", output="", record="")
 
 
-def fresh_state(config: RunConfig, seed: int) -> StageState:
+def fresh_state(config: RunConfig, seed: int, checkpoint: tuple[Path, Position] | None = None) -> StageState:
     tokenizer = Tokenizer.train(["Mary went to the kitchen."], config.tokenizer)
-    return StageState(config, JOB, build_model(config.model, tokenizer.vocab_size, seed), tokenizer)
+    order = StageOrder(RowOrder([("a", 100)], seed=0), config.stages.finetune, config.data)
+    model = build_model(config.model, tokenizer.vocab_size, seed)
+    return StageState(config, JOB, model, tokenizer, order, checkpoint)
 
 
 def update(state: StageState) -> None:
@@ -25,38 +29,79 @@ def update(state: StageState) -> None:
     for parameter in state.model.parameters():
         parameter.grad = parameter.detach().sin() if parameter.requires_grad else None
     state.optimizer.step()
+    if state.average is not None:
+        state.average.update(state.model, state.step)
     state.step += 1
 
 
+@pytest.fixture(params=[0.0, 0.5], ids=["last", "averaged"])
+def config(request, tiny_config) -> RunConfig:
+    settings = to_dict(tiny_config)
+    settings["stages"]["finetune"]["optim"]["ema_decay"] = request.param
+    return from_dict(RunConfig, settings)
+
+
 @pytest.fixture
-def saved(tiny_config: RunConfig, tmp_path: Path) -> tuple[StageState, Path]:
-    state = fresh_state(tiny_config, seed=0)
-    update(state)
-    state.save(tmp_path)
+def saved(config: RunConfig, tmp_path: Path) -> tuple[StageState, Path]:
+    state = fresh_state(config, seed=0)
+    for _ in range(3):
+        update(state)
+    state.snapshot()(tmp_path)
     return state, tmp_path
 
 
-def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(saved, tiny_config):
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(saved, config):
     state, folder = saved
-    restored = fresh_state(tiny_config, seed=1)
-    restored.restore(folder)
-    assert restored.step == 1
+    restored = fresh_state(config, 1, (folder, state.position))
+    assert restored.step == 3
     for either in (state, restored):
         update(either)
+    for name, value in state.result().items():
+        assert torch.equal(value, restored.result()[name]), name
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, restored.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model/model.safetensors"])
-def test_a_damaged_checkpoint_is_refused_by_name(saved, tiny_config, name):
-    _, folder = saved
-    content = bytearray((folder / name).read_bytes())
+def test_a_snapshot_is_of_the_moment_it_was_taken(config, tmp_path):
+    state, other = fresh_state(config, seed=0), fresh_state(config, seed=0)
+    for either in (state, other):
+        update(either)
+    write = state.snapshot()
+    update(state)
+    write(tmp_path)
+    restored = fresh_state(config, 1, (tmp_path, other.position))
+    assert all(torch.equal(v, restored.result()[n]) for n, v in other.result().items())
+    update(other)
+    update(restored)
+    assert all(torch.equal(v, restored.model.state_dict()[n]) for n, v in other.model.state_dict().items())
+
+
+def test_the_average_lags_behind_the_weights(saved, config):
+    state, _ = saved
+    moved = [n for n, p in state.model.named_parameters() if p.requires_grad]
+    equal = [torch.equal(state.result()[n], state.model.state_dict()[n]) for n in moved]
+    assert not all(equal) if config.stages.finetune.optim.ema_decay else all(equal)
+
+
+def test_a_damaged_model_is_refused_by_name(saved, config):
+    state, folder = saved
+    path = folder / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-        fresh_state(tiny_config, seed=1).restore(folder)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        fresh_state(config, 1, (folder, state.position))
 
 
-def test_a_checkpoint_says_where_it_was_taken(saved):
-    position = json.loads((saved[1] / "position.json").read_text())
-    assert (position["stage"], position["fingerprint"], position["step"]) == ("finetune", "f", 1)
+def test_a_checkpoint_says_where_it_was_taken(saved, tmp_path):
+    state, _ = saved
+    assert (state.position.stage, state.position.fingerprint, state.position.step) == ("finetune", "f", 3)
+    checkpoints = Checkpoints(str(tmp_path / "training"))
+    checkpoints.write("checkpoint_0", state.position, state.snapshot())
+    assert checkpoints.newest() == ("checkpoint_0", state.position)
+
+
+def test_stages_that_are_done_are_left_out_after_a_restart():
+    jobs = [StageJob(s, {}, s, "", "", "") for s in ("autoencoder", "flow", "finetune")]
+    assert left_from(jobs, None) == (jobs, 0)
+    assert left_from(jobs, Position("flow", "flow", 7)) == (jobs[1:], 7)

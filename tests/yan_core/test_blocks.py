@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.yan_core.tiny import tiny_config
 from yan_core.blocks import (
@@ -17,6 +18,7 @@ from yan_core.blocks import (
     rotate,
     time_features,
 )
+from yan_core.noise import RowDraws
 
 LENGTHS = torch.tensor([7, 3, 1, 0])
 MASK = torch.arange(7) < LENGTHS[:, None]
@@ -217,9 +219,22 @@ def test_each_sublayer_of_a_flow_block_has_its_own_modulation() -> None:
 def test_dropout_is_off_in_evaluation() -> None:
     torch.manual_seed(0)
     block = EncoderBlock(tiny_config(dropout=0.5), 0, True)
-    x = randn(4, 7, 16)
-    assert not torch.equal(block.train()(x, MASK)[MASK], block(x, MASK)[MASK])
-    assert torch.equal(block.eval()(x, MASK)[MASK], block(x, MASK)[MASK])
+    x, one, other = randn(4, 7, 16), RowDraws(torch.arange(4)), RowDraws(torch.arange(4, 8))
+    assert not torch.equal(block.train()(x, MASK, one)[MASK], block(x, MASK, other)[MASK])
+    assert torch.equal(block.eval()(x, MASK, one)[MASK], block(x, MASK)[MASK])
+    with pytest.raises(ValueError, match="dropout in training needs the rows' keys"):
+        block.train()(x, MASK)
+
+
+def test_dropout_of_a_row_follows_from_its_key_whatever_the_batch_and_its_padding() -> None:
+    torch.manual_seed(0)
+    block = EncoderBlock(tiny_config(dropout=0.5), 3, True).train()
+    x, keys = randn(4, 7, 16), torch.arange(4)
+    together = block(x, MASK, RowDraws(keys))
+    for i in range(4):
+        longer, mask = F.pad(x[i : i + 1], (0, 0, 0, 3)), F.pad(MASK[i : i + 1], (0, 3))
+        alone = block(longer, mask, RowDraws(keys[i : i + 1]))[0, :7]
+        torch.testing.assert_close(alone[MASK[i]], together[i][MASK[i]])
 
 
 @pytest.mark.gpu

@@ -454,8 +454,10 @@ def test_the_gates_own_loss_pulls_the_gate_as_the_likelihood_does(scope: str, li
 def test_cross_entropy_counts_real_tokens_alone() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     ids, mask = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[True, True, True], [True, False, False]])
-    torch.testing.assert_close(weighted_cross_entropy(logits, ids, mask), F.cross_entropy(logits[mask], ids[mask]))
-    assert float(weighted_cross_entropy(logits, ids, mask & False)) == 0
+    torch.testing.assert_close(
+        weighted_cross_entropy(logits, ids, mask, mask.sum()), F.cross_entropy(logits[mask], ids[mask])
+    )
+    assert float(weighted_cross_entropy(logits, ids, mask & False, torch.tensor(1.0))) == 0
 
 
 def test_a_token_counts_fully_up_to_the_first_end_of_text() -> None:

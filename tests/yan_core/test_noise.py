@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from yan_core.noise import Stream, fold, normal, uniform
+from yan_core.noise import RowDraws, Stream, fold, normal, uniform
 
 N = 1_000_000
 KEY = torch.tensor([12345])
@@ -128,3 +128,28 @@ def test_a_gpu_draws_the_same() -> None:
     assert torch.equal(uniform(keys.cuda(), Stream.TIME, (1000,)).cpu(), uniform(keys, Stream.TIME, (1000,)))
     on_gpu, on_cpu = (normal(k, Stream.TIME, (1000,)).cpu() for k in (keys.cuda(), keys))
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_share_it_is_told_everywhere_alike(share: float) -> None:
+    kept = RowDraws(torch.arange(64)).kept((64, 64), share).float()
+    spread = math.sqrt(share * (1 - share))
+    assert float(kept.mean()) == pytest.approx(1 - share, abs=5 * spread / 512)
+    for axes in ((0, 1), (0, 2), (1, 2)):
+        assert float((kept.mean(axes) - (1 - share)).abs().max()) < 5 * spread / 64
+
+
+def test_what_dropout_keeps_is_uncorrelated_between_rows_tokens_channels_and_places() -> None:
+    here = RowDraws(torch.arange(64)).kept((64, 64), 0.5).float()
+    there = RowDraws(torch.arange(64)).at(0).kept((64, 64), 0.5).float()
+    assert abs(correlation(here.flatten(), there.flatten())) < 0.01
+    for axis in range(3):
+        for shift in (1, 2, 32):
+            assert abs(correlation(here.flatten(), here.roll(shift, axis).flatten())) < 0.01
+
+
+def test_what_dropout_keeps_of_a_row_depends_on_its_key_and_the_place_alone() -> None:
+    draws = RowDraws(torch.tensor([7, 8, 9])).at(2)
+    alone = RowDraws(torch.tensor([9])).at(2)
+    assert torch.equal(draws.kept((5, 8), 0.3)[2], alone.kept((11, 8), 0.3)[0, :5])
+    assert RowDraws(KEY).at(1).at(2).place != RowDraws(KEY).at(2).at(1).place

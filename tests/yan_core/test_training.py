@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(bad: float) -
     train_step(Objective(model, LOSS), tiny_batch(), optimizer, 2, 1e-3, 1.0)
     before, moments = weights_of(model), [s["exp_avg"].clone() for s in optimizer.state.values()]
 
-    def objective(batch: Batch, num_steps: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def objective(batch: Batch, num_steps: int, counts: None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         total, parts = Objective(model, LOSS)(batch, num_steps)
         return total * bad, {**parts, "loss_odd": torch.tensor(bad)}
 

@@ -1,0 +1,138 @@
+"""What a stage of training consists of, what a checkpoint of it holds, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.checkpoints import Position
+from pipelines.order import StageOrder
+from yan_core.checkpoint import from_pretrained, save_pretrained
+from yan_core.config import AutoencoderLossConfig, FlowLossConfig, RunConfig, StageConfig
+from yan_core.loss import Objective
+from yan_core.model import YanModel
+from yan_core.sharding import full_copy, restore_optimizer, shard
+from yan_core.tokenization import Tokenizer
+from yan_core.training import WeightAverage, build_optimizer, freeze_all_but
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A stage to be trained.
+
+    Attributes:
+        stage: `autoencoder`, `flow` or `finetune`.
+        inputs: What its result depends on, written beside it.
+        fingerprint: Hash of `inputs`; a checkpoint with another one is not gone on from.
+        init_from: Model folder of the stage before, or empty for fresh weights.
+        output: Where the model folder goes, when it is complete.
+        record: File that then gets `inputs`.
+    """
+
+    stage: str
+    inputs: dict[str, Any]
+    fingerprint: str
+    init_from: str
+    output: str
+    record: str
+
+
+def model_details(config: RunConfig) -> dict[str, Any]:
+    """What a saved model needs beside its weights to answer as it was trained."""
+    return {
+        "run": config.name,
+        "task": config.data.task,
+        "max_source_tokens": config.data.max_source_tokens,
+        "max_target_tokens": config.data.max_target_tokens,
+    }
+
+
+class StageState:
+    """Model, optimizer, averages and position of a stage: all that a checkpoint needs to hold.
+
+    No random generator has a state to be kept: every draw is a function of seed, epoch, row and step (noise.py).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        job: StageJob,
+        model: YanModel,
+        tokenizer: Tokenizer,
+        order: StageOrder,
+        checkpoint: tuple[Path, Position] | None = None,
+    ) -> None:
+        """Begin a stage, or go on with it.
+
+        Args:
+            config: The run.
+            job: The stage.
+            model: Whole, on its device; with scaling.strategy=fsdp it is sharded in place.
+            tokenizer: Saved beside the model.
+            order: The stage's batches.
+            checkpoint: What an earlier `snapshot` wrote, and where it was taken.
+
+        Raises:
+            CheckpointError: If the model in the checkpoint is damaged.
+        """
+        self.config, self.job, self.model, self.tokenizer, self.order = config, job, model, tokenizer, order
+        self.settings: StageConfig = getattr(config.stages, job.stage)
+        self.step = checkpoint[1].step if checkpoint else 0
+        folder = checkpoint[0] if checkpoint else None
+        if folder is not None:
+            model.load_state_dict(from_pretrained(folder / "model")[0].state_dict())
+        freeze_all_but(model, self.settings.trains)
+        model.recompute(config.scaling.recompute)
+        self.objective = Objective(model, self.loss_config)
+        """What a step computes."""
+        if config.scaling.strategy == "fsdp":
+            shard(self.objective)
+        self.optimizer = build_optimizer(model, self.settings.optim)
+        decay = self.settings.optim.ema_decay
+        self.average = WeightAverage(model, decay) if decay else None
+        if folder is not None:
+            # Tensors and plain values only, so that nothing but those is read back.
+            restore_optimizer(self.optimizer, torch.load(folder / "optimizer.pt", weights_only=True))
+            if self.average is not None:
+                self.average.load(from_pretrained(folder / "average")[0])
+
+    @property
+    def loss_config(self) -> AutoencoderLossConfig | FlowLossConfig:
+        """The stage's objective."""
+        return self.config.autoencoder_loss if self.job.stage == "autoencoder" else self.config.flow_loss
+
+    @property
+    def position(self) -> Position:
+        """Where this stage stands."""
+        return Position(self.job.stage, self.job.fingerprint, self.step, **self.order.cursor(self.step))
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy what a checkpoint holds, so that training can go on; gives what writes the copy into a folder.
+
+        With scaling.strategy=fsdp every worker must call it: the shards are put together.
+        """
+        weights = full_copy(self.model.state_dict())
+        optimizer = full_copy(self.optimizer.state_dict())
+        average = None if self.average is None else full_copy(self.average.weights)
+
+        def write(folder: Path) -> None:
+            details = model_details(self.config)
+            save_pretrained(folder / "model", self.model, self.tokenizer, details, weights)
+            if average is not None:
+                save_pretrained(folder / "average", self.model, self.tokenizer, details, average)
+            torch.save(optimizer, folder / "optimizer.pt")
+
+        return write
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights that the stage leaves; with scaling.strategy=fsdp every worker must call it."""
+        return full_copy(self.model.state_dict() if self.average is None else self.average.weights)
+
+    def save_result(self, weights: dict[str, Tensor]) -> None:
+        """Leave the stage's model folder with the weights of `result`."""
+        save_pretrained(self.job.output, self.model, self.tokenizer, model_details(self.config), weights)
