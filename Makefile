@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"

@@ -154,14 +154,12 @@ def _evaluate(args: list[str]) -> int:
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "max_rows", "num_candidates")
     config = parse_config("evaluate", ["--config", chosen.config])
-    from pipelines.cluster import ray_session
     from pipelines.evaluation import evaluate_model, summary
     from pipelines.prepare import read_text_rows
     from yan_core.checkpoint import read_config
 
     read_config(chosen.model)
-    with ray_session(1, 1):
-        rows = read_text_rows(config, chosen.data)[: chosen.max_rows]
+    rows = read_text_rows(config, chosen.data)[: chosen.max_rows]
     named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
     given = {name: value for name, value in named.items() if value is not None}
     sampling = dataclasses.replace(config.evaluation.sampling, **given)

@@ -9,6 +9,7 @@ same batch however many workers share the lanes, and after whatever restart.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,25 @@ import numpy as np
 from yan_core.config import DataConfig, StageConfig
 
 FRAGMENT_ROWS = 1024
-"""Rows that are read together, a row group of a shard; an epoch shuffles fragments, and the rows within each."""
+"""Most neighbouring rows that stay together when an epoch is shuffled; small data are shuffled row by row."""
+
+FRAGMENTS = 65_536
+"""Data of fewer rows than this are shuffled row by row, and so on in proportion up to FRAGMENT_ROWS."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of prepared rows.
+
+    Attributes:
+        path: The file.
+        rows: Rows in it.
+        epochs: How often an epoch reads it; of 0.5, half of it, and the other half in the next epoch.
+    """
+
+    path: str
+    rows: int
+    epochs: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +47,7 @@ class Piece:
     Attributes:
         path: The shard's file.
         places: Their places in that file, int64, [rows].
-        ids: Their numbers among all rows of the stage, int64, [rows].
+        ids: Their numbers among all rows of the stage, int64, [rows]; what is read twice in an epoch has two.
         epoch: Which reading of the data this is, from 0.
     """
 
@@ -38,48 +57,87 @@ class Piece:
     epoch: int
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch's fragments in its order, which reading of each this is, and where each one ends in the epoch."""
+
+    fragments: np.ndarray
+    reading: np.ndarray
+    ends: np.ndarray
+
+
 class RowOrder:
     """The line of rows of all epochs."""
 
-    def __init__(self, shards: Sequence[tuple[str, int]], seed: int) -> None:
+    def __init__(self, shards: Sequence[Shard], seed: int) -> None:
         """Describe it.
 
         Args:
-            shards: File and number of rows of each shard.
+            shards: All files of a stage.
             seed: Of the order.
         """
-        self.paths, self.seed = [path for path, _ in shards], seed
-        self.rows = np.array([rows for _, rows in shards], np.int64)
-        self.row_ends, self.fragment_ends = self.rows.cumsum(), (-(-self.rows // FRAGMENT_ROWS)).cumsum()
-        self.num_rows = int(self.rows.sum())
+        self.shards, self.seed = list(shards), seed
+        self.rows = np.array([shard.rows for shard in shards], np.int64)
+        self.all_once = all(shard.epochs == 1 for shard in shards)
+        total = int(self.rows.sum())
+        self.fragment_rows = min(FRAGMENT_ROWS, max(1, total // FRAGMENTS))
+        self.row_ends, self.fragment_ends = self.rows.cumsum(), (-(-self.rows // self.fragment_rows)).cumsum()
+        self._starts = [0]
 
     def _fragments(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shard, first row in it and number of rows of fragments."""
         shard = np.searchsorted(self.fragment_ends, numbers, side="right")
         before = np.concatenate([[0], self.fragment_ends])[shard]
-        start = (numbers - before) * FRAGMENT_ROWS
-        return shard, start, np.minimum(FRAGMENT_ROWS, self.rows[shard] - start)
+        start = (numbers - before) * self.fragment_rows
+        return shard, start, np.minimum(self.fragment_rows, self.rows[shard] - start)
 
-    @lru_cache(maxsize=4)  # noqa: B019 - one object a process, as long-lived as the process
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Fragments in an epoch's order, and where each one ends in it."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(int(self.fragment_ends[-1]))
-        return order, self._fragments(order)[2].cumsum()
+    @lru_cache(maxsize=2)  # noqa: B019 - one object a process, as long-lived as the process
+    def _epoch(self, epoch: int) -> _Epoch:
+        everything, readings = np.arange(int(self.fragment_ends[-1])), np.zeros(int(self.fragment_ends[-1]), np.int64)
+        if not self.all_once:
+            # Each fragment has its own phase, so that half of them come in each epoch and not all in every second one.
+            phase = np.random.default_rng([self.seed, 1 << 32]).random(len(everything))
+            often = np.array([shard.epochs for shard in self.shards])[self._fragments(everything)[0]]
+            times = (np.floor(often * (epoch + 1) + phase) - np.floor(often * epoch + phase)).astype(np.int64)
+            everything = np.repeat(everything, times)
+            readings = np.arange(len(everything)) - np.repeat(times.cumsum() - times, times)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(everything))
+        return _Epoch(everything[order], readings[order], self._fragments(everything[order])[2].cumsum())
+
+    def epoch_at(self, position: int) -> tuple[int, int]:
+        """The epoch that a place in the line is in, and the rows of that epoch before it."""
+        if self.all_once:
+            return divmod(position, int(self.row_ends[-1]))
+        while self._starts[-1] <= position:
+            ends = self._epoch(len(self._starts) - 1).ends
+            self._starts.append(self._starts[-1] + (int(ends[-1]) if len(ends) else 0))
+        epoch = bisect_right(self._starts, position) - 1
+        return epoch, position - self._starts[epoch]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch; of the first one, where epochs differ."""
+        ends = self._epoch(0).ends
+        return int(ends[-1]) if len(ends) else 0
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """The rows from `start` to before `stop` of the line, in order."""
         found = []
         while start < stop:
-            epoch, at = divmod(start, self.num_rows)
-            order, ends = self._epoch(epoch)
-            k = int(np.searchsorted(ends, at, side="right"))
-            (shard,), (first,), (count,) = self._fragments(order[k : k + 1])
-            before = int(ends[k] - count)
-            until = min(int(ends[k]), at + stop - start)
-            rng = np.random.default_rng([self.seed, epoch, int(order[k])])
-            places = first + rng.permutation(count)[at - before : until - before]
-            ids = self.row_ends[shard] - self.rows[shard] + places
-            found.append(Piece(self.paths[shard], places, ids, epoch))
+            number, at = self.epoch_at(start)
+            epoch = self._epoch(number)
+            k = int(np.searchsorted(epoch.ends, at, side="right"))
+            fragment, reading = int(epoch.fragments[k]), int(epoch.reading[k])
+            (shard,), (first,), (count,) = self._fragments(epoch.fragments[k : k + 1])
+            before = int(epoch.ends[k] - count)
+            until = min(int(epoch.ends[k]), at + stop - start)
+            within = np.arange(count)
+            if count > 1:
+                rng = np.random.default_rng([self.seed, number, fragment, reading])
+                within = rng.permutation(count)
+            places = first + within[at - before : until - before]
+            ids = reading * int(self.row_ends[-1]) + self.row_ends[shard] - self.rows[shard] + places
+            found.append(Piece(self.shards[shard].path, places, ids, number))
             start += until - at
         return found
 
@@ -147,7 +205,7 @@ class StageOrder:
         """Where reading goes on at a step: epoch, and rows of it that are done with (of whole pools)."""
         left = self.pools(step)
         done = self.lane(left[0].number if left else self.pools()[-1].number + 1, 0)[0]
-        epoch, position = divmod(done, self.rows.num_rows)
+        epoch, position = self.rows.epoch_at(done)
         return {"epoch": epoch, "position": position}
 
 

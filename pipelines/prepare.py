@@ -1,43 +1,54 @@
 """Ray Data: rows -> (source, target) -> token ids -> Parquet shards, one folder a stage.
 
 `flow` holds windows of plain text, `finetune` the task's pairs; the autoencoder reads the targets of both. `validation`
-stays text, since evaluation goes through the tokenizer as a user does.
+and `test` stay text, since evaluation goes through the tokenizer as a user does. Each piece of a data set is a task
+(see encode.py); an interrupted preparation goes on at the pieces that have no record yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
-import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 import ray.exceptions
 
-from pipelines.order import FRAGMENT_ROWS
-from pipelines.sources import DataError, fields_of, filtered, find_dataset, read_files, read_rows, reason_of
-from yan_core.config import DataConfig, DatasetConfig, RunConfig
-from yan_core.files import atomic_folder, sha256_file
+from pipelines.dedup import Sign, mark_duplicates, pairs_of
+from pipelines.encode import SCHEMAS, Encode, Record, document_keys, text_row
+from pipelines.order import Shard
+from pipelines.sources import (
+    DataError,
+    Source,
+    UnreadableFile,
+    fields_of,
+    find_dataset,
+    open_files,
+    open_source,
+    reason_of,
+)
+from yan_core.config import DataConfig, RunConfig, to_dict
+from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import Tokenizer
 
-PAIR_SCHEMA = pa.schema(
-    [("source", pa.list_(pa.int32())), ("target", pa.list_(pa.int32())), ("source_cut", pa.int32())]
-)
-WINDOW_SCHEMA = pa.schema([("target", pa.list_(pa.int32()))])
-TEXT_SCHEMA = pa.schema(
-    [("source", pa.string()), ("target", pa.string()), ("answers", pa.list_(pa.string())), ("kind", pa.string())]
-)
+PARTS = ("flow", "finetune", "validation", "test")
+"""Folders of shards."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,8 @@ class Prepared:
     """Prepared data of a run.
 
     Attributes:
-        folder: Holds `flow`, `finetune`, `validation`, `tokenizer.json` and `manifest.json`.
-        manifest: Counts, lengths and the tokenizer's hash.
+        folder: Holds a folder for each of PARTS, `tokenizer.json`, `manifest.json` and `quarantine`.
+        manifest: Shards with their checksums, counts, what was dropped and why, and the tokenizer's hash.
     """
 
     folder: Path
@@ -67,11 +78,15 @@ class Prepared:
             return False
         return sizes == expected and tokenizer == self.manifest["tokenizer_sha256"]
 
-    def shards(self, stage: str) -> list[tuple[str, int]]:
-        """Parquet files that a stage trains on and their rows."""
-        names = ("flow", "finetune") if stage == "autoencoder" else (stage,)
-        files = self.manifest["files"].items()
-        return [(str(self.folder / f), about["rows"]) for n in names for f, about in files if f.startswith(f"{n}/")]
+    def shards(self, stage: str) -> list[Shard]:
+        """Shards that a stage trains on."""
+        found, epochs = [], self.manifest.get("mixture", {})
+        for part in ("flow", "finetune") if stage == "autoencoder" else (stage,):
+            for name, file in self.manifest["files"].items():
+                if name.startswith(f"{part}/"):
+                    often = epochs.get(file["source"], 1.0) if part == "flow" else 1.0
+                    found.append(Shard(str(self.folder / name), file["rows"], often))
+        return found
 
     def num_rows(self, stage: str) -> int:
         """Rows that a stage trains on."""
@@ -83,289 +98,287 @@ class Prepared:
         return pq.read_table(self.folder / "validation").slice(0, max_rows).to_pylist()
 
 
-def corpus_of(data: DataConfig) -> str:
-    """Name of the data set of plain text; empty where the task's own rows are the corpus."""
+def corpora_of(data: DataConfig) -> list[str]:
+    """Names of the data sets of plain text; none where the task's own rows are the corpus."""
+    if data.mixture:
+        return list(data.mixture)
     if not data.corpus and find_dataset(data, data.dataset).format == "world":
-        return "world_stories"
-    return data.corpus
+        return ["world_stories"]
+    return [data.corpus] if data.corpus else []
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(text: str) -> Tokenizer:
-    return Tokenizer.from_json(text)
+# --- one task for each piece ------------------------------------------------------------------------------------------
 
 
-class Quarantine:
-    """Sets unusable rows aside, in files of their own."""
+class _Do:
+    """(which job, number of a piece) -> what the job says of it, as JSON."""
 
-    def __init__(self, quarantine: str) -> None:
-        self.quarantine = quarantine
+    def __init__(self, jobs: Sequence[Callable[[int], Any]]) -> None:
+        self.jobs = list(jobs)
 
-    def set_aside(self, bad: list[dict[str, Any]]) -> None:
-        """Write unusable rows with their reasons to the quarantine folder."""
-        if bad:
-            path = Path(self.quarantine) / f"{uuid.uuid4().hex}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as out:
-                out.writelines(json.dumps(b, default=str, ensure_ascii=False) + "\n" for b in bad)
-
-
-class RowReader(Quarantine):
-    """Turns rows into template fields and sets the unusable ones aside."""
-
-    def __init__(self, task: Task, dataset: DatasetConfig, quarantine: str) -> None:
-        super().__init__(quarantine)
-        self.task, self.dataset = task, dataset
-
-    def pairs(self, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Source, target and fields of each usable row."""
-        bad = []
-        for row in rows:
-            fields = fields_of(row, self.dataset.columns)
-            try:
-                yield (*self.task.pair(fields), fields)
-            except ValueError as error:
-                bad.append({"reason": str(error), "row": row})
-        self.set_aside(bad)
+    def __call__(self, asked: pa.Table) -> pa.Table:
+        said = []
+        for row in asked.to_pylist():
+            done = self.jobs[row["job"]](row["piece"])
+            said.append(json.dumps(dataclasses.asdict(done) if isinstance(done, Record) else None))
+        return pa.table({"job": asked.column("job"), "said": said})
 
 
-class EncodePairs(RowReader):
-    """Rows -> token ids of source and target."""
+def do_pieces(
+    jobs: Sequence[Callable[[int], Any]],
+    counts: Sequence[int],
+    threads: int,
+    say: Callable[[str], None],
+    every_s: float,
+) -> list[list[Any]]:
+    """Run jobs over their pieces on the cluster, with a line now and then.
 
-    def __init__(self, task: Task, dataset: DatasetConfig, quarantine: str, data: DataConfig, tokenizer: str) -> None:
-        super().__init__(task, dataset, quarantine)
-        self.data, self.tokenizer = data, tokenizer
+    Args:
+        jobs: Each takes the number of a piece.
+        counts: Pieces of each job.
+        threads: CPUs that a task takes.
+        say: Takes the lines.
+        every_s: Seconds between them.
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """One block of rows."""
-        pairs = list(self.pairs(table.to_pylist()))
-        tokenizer = _tokenizer(self.tokenizer)
-        sources = tokenizer.encode_batch([p[0] for p in pairs], self.data.max_source_tokens, self.task.keep)
-        targets = tokenizer.encode_batch([p[1] for p in pairs])
-        limit = self.data.max_target_tokens
-        fits = [len(t.ids) <= limit for t in targets]
-        self.set_aside(
-            [
-                {"reason": f"target has {len(t.ids)} tokens, data.max_target_tokens={limit}", "row": p[2]}
-                for p, t, fit in zip(pairs, targets, fits, strict=True)
-                if not fit
-            ]
-        )
-        return pa.table(
-            {
-                "source": list(itertools.compress([s.ids for s in sources], fits)),
-                "target": list(itertools.compress([t.ids for t in targets], fits)),
-                "source_cut": list(itertools.compress([s.num_cut for s in sources], fits)),
-            },
-            schema=PAIR_SCHEMA,
-        )
-
-
-class KeepText(RowReader):
-    """Rows -> source, target, every right answer and the kind of question, as text."""
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """One block of rows."""
-        rows = []
-        for source, target, fields in self.pairs(table.to_pylist()):
-            answers = fields.get("answers")
-            answers = [str(a) for a in answers] if isinstance(answers, list) and answers else [target]
-            rows.append({"source": source, "target": target, "answers": answers, "kind": str(fields.get("kind") or "")})
-        return pa.Table.from_pylist(rows, schema=TEXT_SCHEMA)
+    Returns:
+        What each job said of its pieces, in any order.
+    """
+    asked = [{"job": j, "piece": n} for j, count in enumerate(counts) for n in range(count)]
+    if not asked:
+        return [[] for _ in jobs]
+    stream = ray.data.from_items(asked, override_num_blocks=len(asked)).map_batches(
+        _Do(jobs), batch_format="pyarrow", batch_size=1, num_cpus=threads
+    )
+    found: list[list[Any]] = [[] for _ in jobs]
+    started = said_at = time.perf_counter()
+    for done, row in enumerate(stream.iter_rows(), start=1):
+        found[row["job"]].append(json.loads(row["said"]))
+        now = time.perf_counter()
+        if now - said_at >= every_s and done < len(asked):
+            said_at = now
+            rows = sum(sum(r["rows"].values()) for records in found for r in records if r)
+            tokens = sum(r["tokens"] for records in found for r in records if r)
+            left_s = (now - started) / done * (len(asked) - done)
+            rate = tokens / (now - started)
+            say(f"  {done}/{len(asked)} pieces, {rows} rows, {rate / 1000:.0f}k tok/s, left {left_s:.0f}s")
+    return found
 
 
-class EncodeWindows(Quarantine):
-    """Plain texts -> windows of token ids. Blank texts, as between paragraphs, are passed over."""
-
-    def __init__(self, column: str, tokenizer: str, window_tokens: int, quarantine: str) -> None:
-        super().__init__(quarantine)
-        self.column, self.tokenizer, self.window_tokens = column, tokenizer, window_tokens
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """One block of rows."""
-        values = table.column(self.column).to_pylist()
-        texts = [t for t in values if isinstance(t, str) and t.strip()]
-        self.set_aside(
-            [
-                {"reason": f"{self.column!r} must be text, got {t!r} ({type(t).__name__})", "row": {self.column: t}}
-                for t in values
-                if not isinstance(t, str)
-            ]
-        )
-        size = self.window_tokens
-        encodings = _tokenizer(self.tokenizer).encode_batch(texts)
-        windows = [e.ids[i : i + size] for e in encodings for i in range(0, len(e.ids), size)]
-        return pa.table({"target": windows}, schema=WINDOW_SCHEMA)
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
-class SourceTexts(RowReader):
-    """Rows -> the source's text, the corpus of a run that names no other."""
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """One block of rows."""
-        return pa.table(
-            {"text": [p[0] for p in self.pairs(table.to_pylist())]}, schema=pa.schema([("text", pa.string())])
-        )
-
-
-def _check_fields(rows: ray.data.Dataset, task: Task, dataset: DatasetConfig, name: str) -> None:
-    schema = rows.schema()
-    columns = list(schema.names) if schema is not None else []
+def _check_fields(source: Source, task: Task) -> None:
     for field in task.fields:
-        column = dataset.columns.get(field, field)
-        if columns and column not in columns:
+        column = source.dataset.columns.get(field, field)
+        if source.columns and column not in source.columns:
             raise DataError(
-                f"data set {name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
-                f"it has {', '.join(columns)}. Map it: data.datasets.{name}.columns.{field}=<column>"
+                f"data set {source.name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
+                f"it has {', '.join(source.columns)}. Map it: data.datasets.{source.name}.columns.{field}=<column>"
             )
 
 
-def _quarantined(folder: Path) -> list[dict[str, Any]]:
-    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
-    return [json.loads(line) for f in files for line in f.read_text(encoding="utf-8").splitlines()]
-
-
-def _check_counts(name: str, split: str, good: int, bad: list[dict[str, Any]], allowed: float) -> None:
-    if bad and len(bad) > allowed * (good + len(bad)):
-        first = bad[0]
-        share = math.ceil(1000 * len(bad) / (good + len(bad))) / 1000
-        remedy = f", or let them be set aside with --data.bad_rows_allowed {share:g}" if good else ""
+def _check_corpus(source: Source, data: DataConfig) -> None:
+    column = source.dataset.columns.get("text", data.corpus_column)
+    if source.columns and column not in source.columns:
         raise DataError(
-            f"{len(bad)} of {good + len(bad)} {split} rows of {name!r} cannot be used "
-            f"(data.bad_rows_allowed={allowed:g}). The first: {first['reason']}; row "
-            f"{json.dumps(first['row'], default=str, ensure_ascii=False)[:300]}. Mend the data{remedy}"
+            f"data set {source.name!r} has no column {column!r} (data.corpus_column); "
+            f"it has {', '.join(source.columns)}"
+        )
+
+
+def _check_counts(
+    name: str, split: str, good: int, bad: int, first: dict[str, Any], allowed: float, where: str
+) -> None:
+    if bad and bad > allowed * (good + bad):
+        share = math.ceil(1000 * bad / (good + bad)) / 1000
+        remedy = f", or let them be set aside with --data.bad_rows_allowed {share:g}" if good else ""
+        row = json.dumps(first["row"], default=str, ensure_ascii=False)[:300] if first.get("row") else ""
+        raise DataError(
+            f"{bad} of {good + bad} {split} rows of {name!r} cannot be used (data.bad_rows_allowed={allowed:g}). "
+            f"The first, number {first['row_number']}: {first['reason']}; row {row}. {where}Mend the data{remedy}"
         )
     if good == 0:
         raise DataError(f"data set {name!r} gave no {split} row: it is empty, or its filter `where` matches none")
 
 
-def _train_tokenizer(config: RunConfig, corpus: ray.data.Dataset, column: str, pairs: ray.data.Dataset) -> Tokenizer:
-    limit = config.tokenizer.sample_rows
-    dataset, task = find_dataset(config.data, config.data.dataset), get_task(config.data.task)
+def _check_records(job: Encode, records: Sequence[Record], part: str) -> None:
+    """Stop where more rows or files than allowed are unusable."""
+    allowed, name = job.data.bad_rows_allowed, job.source.name
+    unreadable = [r.unreadable for r in records if r.unreadable]
+    if len(unreadable) > allowed * len(records):
+        remedy = ", or let such files be set aside with --data.bad_rows_allowed" if len(records) > 1 else ""
+        raise DataError(f"{unreadable[0]}. Mend it, or take it out{remedy}")
+    good = sum(r.rows[part] for r in records) + sum(sum(r.dropped.values()) for r in records)
+    bad, first = sum(r.bad for r in records), next((r.first_bad for r in records if r.first_bad), {})
+    where = f"All of them are in {job.folder / 'quarantine' / job.split}. "
+    _check_counts(name, job.split, good, bad, first, allowed, where)
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]) -> Tokenizer:
+    """A vocabulary from tokenizer.sample_rows rows of each data set, pieces in a seeded order."""
+    task, limit = get_task(config.data.task), config.tokenizer.sample_rows
+
+    def rows(source: Source) -> Iterator[dict[str, Any]]:
+        left = limit
+        for number in np.random.default_rng(config.seed).permutation(len(source.pieces)):
+            try:
+                for batch in source.rows(source.pieces[number]):
+                    yield from batch.rows[:left]
+                    left -= len(batch.rows)
+                    if left <= 0:
+                        return
+            except UnreadableFile:  # set aside, and counted, when it is encoded
+                continue
 
     def texts() -> Iterator[str]:
-        for row in corpus.limit(limit).iter_rows():
-            if isinstance(row[column], str):
-                yield row[column]
-        for row in pairs.limit(limit).iter_rows():
-            fields = fields_of(row, dataset.columns)
+        for source in corpora:
+            column = source.dataset.columns.get("text", config.data.corpus_column)
+            yield from (row[column] for row in rows(source) if isinstance(row.get(column), str))
+        for row in rows(pairs):
+            fields = fields_of(row, pairs.dataset.columns)
             yield from (fields[f] for f in task.fields if isinstance(fields.get(f), str))
 
     read = texts()
     first = next(read, None)
     if first is None:
         raise DataError(
-            f"data set {config.data.dataset!r} gave no usable train row: it is empty, its filter `where` matches none, "
+            f"data set {pairs.name!r} gave no usable train row: it is empty, its filter `where` matches none, "
             f"or no row has text in {', '.join(task.fields)}"
         )
     return Tokenizer.train(itertools.chain([first], read), config.tokenizer)
 
 
-def _write(rows: ray.data.Dataset, folder: Path, data: DataConfig, shuffle_seed: int | None) -> int:
-    if shuffle_seed is not None:
-        rows = rows.random_shuffle(seed=shuffle_seed)
-    folder.mkdir()
-    rows.write_parquet(str(folder), max_rows_per_file=data.rows_per_shard, row_group_size=FRAGMENT_ROWS)
-    return sum(pq.read_metadata(f).num_rows for f in folder.glob("*.parquet"))
+def _inputs(config: RunConfig, sources: Sequence[Source]) -> str:
+    """What the pieces' records depend on; another one makes them worthless."""
+    files = sorted({piece.where for source in sources for piece in source.pieces if os.path.isfile(piece.where)})
+    known = {file: [os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files}
+    data = {k: v for k, v in to_dict(config.data).items() if k not in ("pool_batches", "lanes", "bad_rows_allowed")}
+    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, known]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def _ray_errors_explained(name: str) -> Iterator[None]:
-    """Say what a task of Ray Data stumbled over, without its traceback."""
-    try:
-        yield
-    except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
-        raise DataError(f"data set {name!r} cannot be read to its end: {reason_of(error)}. Mend that file") from error
+def _mixture(data: DataConfig, rows: Counter[str]) -> dict[str, float]:
+    """How often an epoch reads each data set of the corpus."""
+    if not any(part.share for part in data.mixture.values()):
+        return {name: part.epochs for name, part in data.mixture.items()}
+    wanted = {name: part.share / max(1, rows[name]) for name, part in data.mixture.items()}
+    return {name: value / min(wanted.values()) for name, value in wanted.items()}
 
 
-def prepare(config: RunConfig, folder: Path) -> Prepared:
-    """Read, check, tokenise and write a run's data.
+def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Read, check, clean, tokenise and write a run's data.
 
     Args:
         config: Data, task, tokenizer and lengths.
-        folder: Where the result appears when it is complete; an earlier one is replaced.
+        folder: Where the result appears when it is complete; an earlier one is replaced. What is done so far is in
+            `<folder>.unfinished`, from which the same call goes on.
+        say: Takes progress lines.
 
     Raises:
-        DataError: If data are missing, empty or have more unusable rows than allowed; nothing is left behind.
+        DataError: If data are missing, empty or have more unusable rows than allowed.
     """
     data, task = config.data, get_task(config.data.task)
-    dataset = find_dataset(data, data.dataset)
-    pairs = read_rows(data, data.dataset, "train", config.seed)
-    _check_fields(pairs, task, dataset, data.dataset)
-    held_out = read_rows(data, data.dataset, "validation", config.seed + 1)
-    _check_fields(held_out, task, dataset, data.dataset)
+    pairs = open_source(data, data.dataset, "train", config.seed)
+    held_out = open_source(data, data.dataset, "validation", config.seed + 1)
+    for source in (pairs, held_out):
+        _check_fields(source, task)
+    corpora = [open_source(data, name, "train", config.seed) for name in corpora_of(data)]
+    for source in corpora:
+        _check_corpus(source, data)
 
-    with _ray_errors_explained(data.dataset), atomic_folder(folder) as scratch:
-        quarantine = {split: scratch / "quarantine" / split for split in ("train", "validation", "corpus")}
-        corpus_name, column = corpus_of(data), data.corpus_column
-        if corpus_name:
-            corpus = read_rows(data, corpus_name, "train", config.seed)
-            schema = corpus.schema()
-            if schema is not None and column not in schema.names:
-                raise DataError(
-                    f"data set {corpus_name!r} has no column {column!r} (data.corpus_column); "
-                    f"it has {', '.join(schema.names)}"
-                )
-        else:
-            column = "text"
-            corpus = pairs.map_batches(
-                SourceTexts(task, dataset, str(quarantine["corpus"])), batch_format="pyarrow", batch_size=1024
-            )
-        if config.init_from:
-            from yan_core.checkpoint import from_pretrained  # brings torch, which tokenising workers do without
+    work, inputs = folder.with_name(f"{folder.name}.unfinished"), _inputs(config, [pairs, held_out, *corpora])
+    if work.exists() and (not (work / "inputs").is_file() or (work / "inputs").read_text() != inputs):
+        say("  what an interrupted preparation left was made from other data or settings: it is done again")
+        shutil.rmtree(work)
+    tokenizer_file = work / "tokenizer.json"
+    if tokenizer_file.is_file():
+        tokenizer = Tokenizer.from_json(tokenizer_file.read_text(encoding="utf-8"))
+    elif config.init_from:
+        from yan_core.checkpoint import from_pretrained  # brings torch, which tokenising workers do without
 
-            tokenizer = from_pretrained(config.init_from)[1]
-        else:
-            tokenizer = _train_tokenizer(config, corpus, column, pairs)
-        text = tokenizer.to_json()
-        (scratch / "tokenizer.json").write_text(text, encoding="utf-8")
+        tokenizer = from_pretrained(config.init_from)[1]
+    else:
+        tokenizer = _train_tokenizer(config, pairs, corpora)
+    write_file(work / "inputs", inputs)
+    write_file(tokenizer_file, tokenizer.to_json())
 
-        seed = config.seed if data.shuffle else None
-        kept = held_out.map_batches(
-            KeepText(task, dataset, str(quarantine["validation"])), batch_format="pyarrow", batch_size=1024
-        )
-        rows = {"validation": _write(kept, scratch / "validation", data, None)}
-        encoded = pairs.map_batches(
-            EncodePairs(task, dataset, str(quarantine["train"]), data, text), batch_format="pyarrow", batch_size=1024
-        )
-        rows["finetune"] = _write(encoded, scratch / "finetune", data, seed)
-        bad = {}
-        for split, stage in (("train", "finetune"), ("validation", "validation")):
-            found = _quarantined(quarantine[split])
-            _check_counts(data.dataset, split, rows[stage], found, data.bad_rows_allowed)
-            bad[split] = len(found)
-        windows = corpus.map_batches(
-            EncodeWindows(column, text, data.window_tokens, str(quarantine["corpus"])),
-            batch_format="pyarrow",
-            batch_size=1024,
-        )
-        rows["flow"] = _write(windows, scratch / "flow", data, seed)
-        if corpus_name:  # else the rows of the task itself, counted above
-            found = _quarantined(quarantine["corpus"])
-            _check_counts(corpus_name, "corpus", max(1, rows["flow"]), found, data.bad_rows_allowed)
-            bad["corpus"] = len(found)
-        if rows["flow"] == 0:
-            raise DataError(f"the corpus {corpus_name or data.dataset!r} has no text in column {column!r}")
-        cut = pq.read_table(scratch / "finetune", columns=["source_cut"]).column("source_cut").to_numpy()
-        shards = sorted(p for part in ("flow", "finetune", "validation") for p in (scratch / part).glob("*.parquet"))
-        manifest = {
-            "files": {
-                p.relative_to(scratch).as_posix(): {
-                    "bytes": p.stat().st_size,
-                    "rows": pq.read_metadata(p).num_rows,
-                    "sha256": sha256_file(p),
-                }
-                for p in shards
-            },
-            "rows": rows,
-            "bad_rows": bad,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": sha256_file(scratch / "tokenizer.json"),
-            "sources_cut": int((cut > 0).sum()),
-            "source_tokens_cut": int(cut.sum()),
-        }
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    own = pairs.dataset.held_out and not pairs.dataset.validation
+    kept_out = np.zeros(0, np.uint64) if own else np.unique(np.fromiter(document_keys(held_out, task), np.uint64))
+    everything = [pairs, held_out, *corpora]
+    cpus = min(int(ray.cluster_resources().get("CPU", 1)), len(ray.nodes()) * (os.cpu_count() or 1))
+    threads = max(1, cpus // sum(len(s.pieces) for s in everything))
+    none = np.zeros(0, np.uint64)
+
+    def encode(source: Source, split: str, template: Task | None, keys: np.ndarray) -> Encode:
+        return Encode(source, split, template, data, tokenizer.to_json(), work.resolve(), keys, threads)
+
+    jobs = [encode(pairs, "train", task, kept_out), encode(held_out, "validation", task, none)]
+    jobs += [encode(source, "corpus", None, none) for source in corpora]
+    every_s = max(1.0, config.log_every_s)
+    try:
+        if data.clean.duplicates != "keep" and corpora:
+            signs = [Sign(job) for job in jobs[2:]]
+            do_pieces(signs, [len(s.pieces) for s in corpora], 1, say, every_s)
+            found = mark_duplicates(signs, _compare)
+            say(f"  {found} duplicates")
+        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads, say, every_s)
+    except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
+        raise DataError(f"the data cannot be prepared: {reason_of(error)}") from error
+    records = [[Record.of(values) for values in of_job] for of_job in said]
+    for job, of_job, part in zip(jobs, records, ("finetune", "validation", *("flow" for _ in corpora)), strict=True):
+        _check_records(job, of_job, part)
+
+    every = [record for of_job in records for record in of_job]
+    rows = Counter({part: 0 for part in PARTS})
+    for record in every:
+        rows.update(record.rows)
+    if rows["flow"] == 0:
+        names = ", ".join(s.name for s in corpora) or pairs.name
+        raise DataError(f"the corpus {names} has no text in column {data.corpus_column!r}")
+    files = {name: {**about, "source": _source_of(name)} for record in every for name, about in record.files.items()}
+    of_source = Counter({s.name: 0 for s in corpora})
+    for name, about in files.items():
+        if name.startswith("flow/"):
+            of_source[about["source"]] += about["rows"]
+    manifest = {
+        "files": dict(sorted(files.items())),
+        "schema": {part: str(SCHEMAS[part if part in SCHEMAS else "text"]) for part in PARTS},
+        "rows": dict(rows),
+        "tokens": sum(r.tokens for r in every),
+        "bad_rows": {job.split: sum(r.bad for r in of_job) for job, of_job in zip(jobs, records, strict=True)},
+        "unreadable_files": sum(bool(r.unreadable) for r in every),
+        "dropped": dict(sum((r.dropped for r in every), Counter())),
+        "mixture": _mixture(data, of_source),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": sha256_file(tokenizer_file),
+        "sources_cut": sum(r.cut_rows for r in every),
+        "source_tokens_cut": sum(r.cut_tokens for r in every),
+    }
+    for scratch in ("records", "signatures", "duplicates"):
+        shutil.rmtree(work / scratch, ignore_errors=True)
+    (work / "inputs").unlink()
+    write_file(work / "manifest.json", json.dumps(manifest, indent=2))
+    old = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return open_prepared(folder)
+
+
+def _source_of(name: str) -> str:
+    """The data set that a shard comes from."""
+    found = re.fullmatch(r"[a-z]+/(.+)-\d{6}-\d{4}\.parquet", name)
+    assert found is not None
+    return found[1]
+
+
+def _compare(paths: list[Path], columns: int) -> list[np.ndarray]:
+    compare = ray.remote(pairs_of)
+    return ray.get([compare.remote(paths, column) for column in range(columns)])
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -397,9 +410,17 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
     endings: dict[str, Any] = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv"}
     of_files = dataset.format in endings.values()
     kind = endings.get(Path(path).suffix, dataset.format if of_files else "parquet")
-    rows = filtered(read_files(dataclasses.replace(dataset, format=kind), [path]), dataset, data.dataset)
-    _check_fields(rows, task, dataset, data.dataset)
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = rows.map_batches(KeepText(task, dataset, scratch), batch_format="pyarrow", batch_size=1024).take_all()
-        _check_counts(data.dataset, "evaluation", len(kept), _quarantined(Path(scratch)), data.bad_rows_allowed)
-    return kept
+    source = open_files(data.dataset, dataclasses.replace(dataset, format=kind), [path])
+    source.check_filter()
+    _check_fields(source, task)
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    for batch in (batch for piece in source.pieces for batch in source.rows(piece)):
+        bad += [{**b, "row": None} for b in batch.bad]
+        for number, row in zip(batch.numbers, batch.rows, strict=True):
+            try:
+                good.append(text_row(fields_of(row, dataset.columns), task))
+            except ValueError as error:
+                bad.append({"row_number": number, "reason": str(error), "row": row})
+    _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
+    return good

@@ -14,13 +14,13 @@ from yan_core.batching import Batch
 from yan_core.parallel import num_workers, total
 
 if TYPE_CHECKING:
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import MetricsBuffer
 
 
 class Reporter:
     """A stage's progress, averaged over an interval and over the workers; rank 0 shows it."""
 
-    def __init__(self, state: StageState, board: ActorHandle | None, tracker: Tracker | None) -> None:
+    def __init__(self, state: StageState, board: ActorHandle | None, tracker: MetricsBuffer | None) -> None:
         """Begin with a stage.
 
         Args:
@@ -55,6 +55,11 @@ class Reporter:
         self.real += int(batch.source_mask.sum() + batch.target_mask.sum())
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value
+
+    def keep_unsent(self) -> None:
+        """Write metrics that MLflow has not taken yet to their file."""
+        if self.tracker is not None:
+            self.tracker.spool()
 
     def due(self) -> bool:
         """Whether the interval is over."""

@@ -24,7 +24,7 @@ import torch
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
-from pipelines.prepare import Prepared, corpus_of, open_prepared, prepare
+from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset, locate
 from pipelines.state import StageJob
 from pipelines.tracking import Tracker, check_tracking
@@ -75,7 +75,7 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
     data = config.data
     get_task(data.task)
     files = {}
-    names = [n for n in (data.dataset, corpus_of(data)) if n]
+    names = [data.dataset, *corpora_of(data)]
     for name in names:
         dataset = find_dataset(data, name)
         if dataset.format == "huggingface" and os.path.isdir(folder := locate(data, dataset.path)):
@@ -234,7 +234,7 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     if up_to_date("prepare", recorded, inputs, _data_are_whole(folder / "prepared")):
         return open_prepared(folder / "prepared")
     recorded.unlink(missing_ok=True)
-    prepared = prepare(config, folder / "prepared")
+    prepared = prepare(config, folder / "prepared", say)
     write_file(recorded, json.dumps(inputs, indent=2))
     rows, bad = prepared.manifest["rows"], sum(prepared.manifest["bad_rows"].values())
     say(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -47,18 +48,31 @@ def stage_order(prepared: Prepared, stage: str, config: RunConfig) -> StageOrder
     return StageOrder(RowOrder(prepared.shards(stage), config.seed), getattr(config.stages, stage), config.data)
 
 
-def read_rows_of(path: str, places: np.ndarray, columns: list[str]) -> pa.Table:
-    """Rows of a Parquet file by their places in it; reads only the row groups that hold them."""
+@lru_cache(maxsize=64)
+def _open(path: str) -> tuple[pq.ParquetFile, np.ndarray]:
+    """A shard, and where each of its row groups ends."""
     file = pq.ParquetFile(path)
-    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    ends = np.cumsum(counts)
-    groups = np.unique(np.searchsorted(ends, places, side="right"))
-    table = file.read_row_groups([int(g) for g in groups], columns=columns, use_threads=False)
-    # Where each group's rows begin in `table`, less where they begin in the file.
-    starts = np.concatenate([[0], np.cumsum(np.array(counts)[groups])[:-1]])
-    shift = np.zeros(len(counts), np.int64)
-    shift[groups] = starts - (ends[groups] - np.array(counts)[groups])
-    return table.take(places + shift[np.searchsorted(ends, places, side="right")])
+    return file, np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+
+
+@lru_cache(maxsize=1024)
+def _row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+    return _open(path)[0].read_row_group(group, columns=list(columns), use_threads=False)
+
+
+def read_rows_of(places: Sequence[tuple[str, np.ndarray]], columns: Sequence[str]) -> pa.Table:
+    """Rows of Parquet files, by file and places in it; row groups that were read lately are not read again."""
+    tables, start_of, taken, rows = [], {}, [], 0
+    for path, wanted in places:
+        ends = _open(path)[1]
+        groups = np.searchsorted(ends, wanted, side="right")
+        for group in np.unique(groups).tolist():
+            if (path, group) not in start_of:
+                tables.append(_row_group(path, group, tuple(columns)))
+                start_of[path, group] = rows - (int(ends[group]) - tables[-1].num_rows)
+                rows += tables[-1].num_rows
+        taken.append(wanted + np.array([start_of[path, group] for group in groups.tolist()], np.int64))
+    return pa.concat_tables(tables).take(np.concatenate(taken)).combine_chunks()
 
 
 class ReadLane:
@@ -85,7 +99,7 @@ class ReadLane:
         task = stream.stage == "finetune"
         columns = ["source", "target"] if task else ["target"]
         pieces = order.rows.pieces(*order.lane(pool.number, lane))
-        rows = pa.concat_tables([read_rows_of(p.path, p.places, columns) for p in pieces]).combine_chunks()
+        rows = read_rows_of([(p.path, p.places) for p in pieces], columns)
         epoch = np.concatenate([np.full(len(p.ids), p.epoch, np.int32) for p in pieces])
         ids = np.concatenate([p.ids for p in pieces])
         lengths = np.diff(rows.column(columns[0]).combine_chunks().offsets.to_numpy())

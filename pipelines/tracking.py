@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
 from yan_core.config import RunConfig
+from yan_core.files import write_file
 
 matplotlib.use("Agg")
 
@@ -168,3 +173,79 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Mark the run `FINISHED`, `FAILED` or `KILLED`."""
         self.client.set_terminated(self.run_id, status)
+
+
+class MetricsBuffer:
+    """Sends metrics to MLflow from a thread of its own: a slow or absent server neither slows nor stops training.
+
+    What cannot be sent is kept and tried again; at the end, or at a checkpoint, what is left goes to a file, which the
+    next buffer on that file sends.
+    """
+
+    def __init__(self, tracker: Tracker, unsent: Path, retry_s: float = 5.0) -> None:
+        """Begin to send.
+
+        Args:
+            tracker: The run.
+            unsent: File for what could not be sent; what an earlier buffer left there is sent first.
+            retry_s: Time between attempts while the server does not answer.
+        """
+        self.tracker, self.unsent, self.retry_s = tracker, unsent, retry_s
+        self.pending: deque[Metric] = deque(self._left())
+        self.changed, self.closing = threading.Condition(), False
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _left(self) -> list[Metric]:
+        if not self.unsent.is_file():
+            return []
+        lines = self.unsent.read_text(encoding="utf-8").splitlines()
+        self.unsent.unlink()
+        return [Metric(*json.loads(line)) for line in lines]
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Take metrics of a step; returns at once."""
+        now = int(time.time() * 1000)
+        with self.changed:
+            self.pending.extend(Metric(name, float(value), now, step) for name, value in values.items())
+            self.changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.pending or self.closing)
+                batch = list(itertools.islice(self.pending, 500))
+                if not batch:
+                    return
+            try:
+                self.tracker.client.log_batch(self.tracker.run_id, metrics=batch)
+            except (mlflow.MlflowException, SQLAlchemyError, OSError) as error:
+                logging.getLogger(__name__).warning("MLflow at %s: %s; tried again", self.tracker.uri, error)
+                with self.changed:
+                    if self.changed.wait_for(lambda: self.closing, self.retry_s):
+                        return
+                continue
+            with self.changed:
+                for _ in batch:
+                    self.pending.popleft()
+                self.changed.notify_all()
+
+    def spool(self) -> int:
+        """Write what is not sent yet to the file, in case this process ends; gives how much that is."""
+        with self.changed:
+            left = list(self.pending)
+        if left:
+            lines = [json.dumps([m.key, m.value, m.timestamp, m.step]) for m in left]
+            write_file(self.unsent, "".join(f"{line}\n" for line in lines))
+        else:
+            self.unsent.unlink(missing_ok=True)
+        return len(left)
+
+    def close(self, timeout_s: float = 20.0) -> int:
+        """Send what is left, for as long as that; gives how many values are in the file instead."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.pending, timeout_s)
+            self.closing = True
+            self.changed.notify_all()
+        self.thread.join(timeout_s)
+        return self.spool()

@@ -56,7 +56,7 @@ from yan_core.training import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.tracking import Tracker
+    from pipelines.tracking import MetricsBuffer, Tracker
 
 STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
@@ -126,8 +126,8 @@ def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: the stages in order, from the start or from the newest sound checkpoint.
 
     Args:
-        job: `stream` (a TrainingStream), `failure` (file that says why training cannot go on), `code` (hash of the
-            driver's yan_core), `board` and `mlflow` (for rank 0).
+        job: `stream` (a TrainingStream), `failure` (file that says why training cannot go on), `unsent` (file of
+            metrics that could not be sent), `code` (hash of the driver's yan_core), `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -140,17 +140,22 @@ def train_loop(job: dict[str, Any]) -> None:
     board = job["board"] if rank == 0 else None
     tracker = None
     if rank == 0 and job["mlflow"]:
-        from pipelines.tracking import Tracker  # two seconds of imports that only this worker needs
+        from pipelines.tracking import MetricsBuffer, Tracker  # two seconds of imports that only this worker needs
 
-        tracker = Tracker(*job["mlflow"])
+        tracker = MetricsBuffer(Tracker(*job["mlflow"]), Path(job["unsent"]))
     try:
         train_all(job["stream"], board, tracker)
     except NonFiniteLoss as error:  # on every worker alike; to try again would end alike
         if rank == 0:
             write_file(Path(job["failure"]), str(error))
+    finally:
+        if tracker is not None and (left := tracker.close()) and board is not None:
+            board.add.remote(
+                f"  training    MLflow does not answer: {left} values wait in {job['unsent']} for the next run"
+            )
 
 
-def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Tracker | None) -> None:
+def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: MetricsBuffer | None) -> None:
     """Train the stages that are left, in order; rank 0 leaves each one's model folder."""
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -286,6 +291,7 @@ def train_one_stage(
         if report:
             means = reporter.report(lr) or means
         if save and state.step < settings.max_steps:
+            reporter.keep_unsent()
             save_checkpoint(state, checkpoints, means, rank, wait=False)
     means = reporter.report(lr) or means
     save_checkpoint(state, checkpoints, means, rank, wait=True)
@@ -346,6 +352,7 @@ def train_stages(
     loop_config = {
         "stream": stream,
         "failure": str(failure),
+        "unsent": str(storage.resolve().parent / "unsent_metrics.jsonl"),
         "code": code_fingerprint(),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,

@@ -382,6 +382,12 @@ class DatasetConfig:
     split."""
     validation: str = ""
     """The same for validation rows."""
+    held_out: float = 0.0
+    """Share of the training rows that becomes the validation split, and as much again a test split, where `validation`
+    is empty. Which split a row falls into follows from its document, see `document`."""
+    document: str = ""
+    """Column that says which document or passage a row belongs to; empty: its text. Rows of one document fall into one
+    split, and training rows whose document is among the validation rows are dropped."""
     columns: dict[str, str] = field(default_factory=dict)
     """Template field -> column, where the names differ."""
     where: dict[str, str] = field(default_factory=dict)
@@ -397,6 +403,44 @@ class DatasetConfig:
         for name in ("num_train", "num_validation"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} of a data set must be >= 1, got {value}")
+        _require(0 <= self.held_out < 0.5, f"held_out of a data set must be in [0, 0.5), got {self.held_out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What is done to texts before they are tokenised."""
+
+    unicode: Literal["", "NFC", "NFKC"] = "NFC"
+    """Unicode normal form; control characters are taken out with it. Empty: texts stay as they are."""
+    min_chars: int = 1
+    """Shorter texts of the corpus are dropped."""
+    max_chars: int = 0
+    """Longer texts of the corpus are dropped; 0: none."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """`exact`: of equal texts of the corpus, white space and case apart, the first stays. `near`: of texts that share
+    most of their word 5-grams too."""
+    near_threshold: float = 0.8
+    """Share of 5-grams (Jaccard similarity) from which two texts count as near-duplicates."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_chars >= 0, f"data.clean.min_chars must be >= 0, got {self.min_chars}")
+        _require(self.max_chars >= 0, f"data.clean.max_chars must be >= 0, got {self.max_chars}")
+        _require(0 < self.near_threshold < 1, f"data.clean.near_threshold must be in (0, 1), got {self.near_threshold}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """One data set of a mixture."""
+
+    epochs: float = 1.0
+    """How often an epoch of the mixture reads it; 0.5: half of it, another half in the next epoch."""
+    share: float = 0.0
+    """Share of the mixture's rows, in place of `epochs`; given for all data sets of the mixture or for none. The one
+    that would have to be repeated least is then read once an epoch."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs > 0, f"epochs of a part of data.mixture must be > 0, got {self.epochs}")
+        _require(0 <= self.share <= 1, f"share of a part of data.mixture must be in [0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,8 +455,12 @@ class DataConfig:
     """The data set of the task: fine-tuned on and evaluated."""
     corpus: str = ""
     """The data set of plain text for stages 1 and 2; empty: the text of the task's own rows (world: its stories)."""
+    mixture: dict[str, PartConfig] = field(default_factory=dict)
+    """Several data sets of plain text by name, in place of `corpus`."""
     corpus_column: str = "text"
-    """Column of `corpus` that holds the text."""
+    """Column of the corpus that holds the text."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """What is done to texts before they are tokenised."""
     task: str = "question_answering"
     """Template that turns a row into (source, target); see yan_core/tasks.py."""
     max_source_tokens: int = 96
@@ -422,9 +470,8 @@ class DataConfig:
     window_tokens: int = 32
     """Length of the corpus windows of stages 1 and 2."""
     bad_rows_allowed: float = 0.0
-    """Share of rows that may be unusable (null, wrong type, target too long); they are counted and set aside."""
-    shuffle: bool = True
-    """Shuffle all training rows once, when they are prepared; switch off for a corpus larger than the cluster."""
+    """Share of rows, and of files, that may be unusable (null, wrong type, target too long, unreadable); they are
+    counted and set aside."""
     pool_batches: int = 32
     """Batches whose rows are sorted by length together: more means less padding, and batches that are less mixed."""
     lanes: int = 8
@@ -441,6 +488,12 @@ class DataConfig:
             _require(value >= 1, f"data.{name} must be >= 1, got {value}")
         _require(
             0 <= self.bad_rows_allowed <= 1, f"data.bad_rows_allowed must be in [0, 1], got {self.bad_rows_allowed}"
+        )
+        _require(not (self.corpus and self.mixture), "data.corpus and data.mixture exclude each other, got both")
+        shares = [part.share for part in self.mixture.values()]
+        _require(
+            not any(shares) or (all(shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)),
+            f"share must be given for every part of data.mixture and add up to 1, or for none; got {shares}",
         )
 
 

@@ -57,7 +57,7 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
 
 def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     """Kill -9 a worker, then interrupt the driver, then run again: one MLflow run, all stages done."""
-    slow = ("--stages.finetune.max_steps", "80", "--scaling.checkpoint_every_s", "1")
+    slow = ("--stages.finetune.max_steps", "80", "--scaling.checkpoint_every_s", "1", "--log_every_s", "0")
     goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
     process, log = start(tiny_config, *slow)
     wait_for(r"finetune +(1\d|2\d|3\d)/80", log, process)
@@ -91,6 +91,13 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     assert {"config.json", "examples.json", "quality_by_steps.png"} <= {
         f.path for f in client.list_artifacts(run.info.run_id)
     }
+    # Steps that were done again after a restart gave the same losses, and so did every step in between.
+    losses: dict[int, list[float]] = {}
+    for metric in client.get_metric_history(run.info.run_id, "finetune/train/loss"):
+        losses.setdefault(metric.step, []).append(metric.value)
+    again = [values for values in losses.values() if len(values) > 1]
+    assert sorted(losses) == list(range(1, 81)) and again
+    assert max(max(values) - min(values) for values in again) < 1e-6
     version = client.get_model_version_by_alias("yan-tiny", "champion")
     assert version.run_id == run.info.run_id
 

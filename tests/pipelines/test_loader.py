@@ -40,7 +40,7 @@ def prepared(tmp_path_factory) -> Prepared:
             table = pa.table({"target": cut} if part == "flow" else {"source": cut, "target": targets})
             name = f"{part}/{start}.parquet"
             pq.write_table(table, folder / name, row_group_size=30)
-            files[name] = {"rows": len(cut)}
+            files[name] = {"rows": len(cut), "source": "own"}
     return Prepared(folder, {"rows": ROWS, "files": files})
 
 
@@ -67,10 +67,11 @@ def rows_of(batch):
 
 
 def test_rows_are_read_by_their_places_whatever_the_row_groups(prepared):
-    path, _ = prepared.shards("finetune")[0]
-    whole = pq.read_table(path)
-    places = np.array([99, 0, 31, 30, 30, 64])
-    assert read_rows_of(path, places, ["source"]) == whole.select(["source"]).take(places)
+    one, other = (shard.path for shard in prepared.shards("finetune")[:2])
+    whole, second = (pq.read_table(path, columns=["source"]) for path in (one, other))
+    wanted = [(one, np.array([99, 0, 31])), (other, np.array([5])), (one, np.array([30, 30, 64]))]
+    expected = pa.concat_tables([(whole if path == one else second).take(places) for path, places in wanted])
+    assert read_rows_of(wanted, ["source"]) == expected
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "flow", "finetune"])

@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 
-from pipelines.order import FRAGMENT_ROWS, RowOrder, StageOrder, num_lanes
+import pipelines.order
+from pipelines.order import FRAGMENT_ROWS, RowOrder, Shard, StageOrder, num_lanes
 from yan_core.config import DataConfig, StageConfig
 
-SHARDS = [("a", 2 * FRAGMENT_ROWS + 5), ("b", 7), ("c", FRAGMENT_ROWS)]
-NUM_ROWS = sum(rows for _, rows in SHARDS)
+SHARDS = [Shard("a", 2 * FRAGMENT_ROWS + 5), Shard("b", 7), Shard("c", FRAGMENT_ROWS)]
+NUM_ROWS = sum(shard.rows for shard in SHARDS)
+
+
+@pytest.fixture(params=["row by row", "in fragments"], autouse=True)
+def fragments(request, monkeypatch):
+    """Small data are shuffled row by row; with few fragments they are shuffled as large data are."""
+    if request.param == "in fragments":
+        monkeypatch.setattr(pipelines.order, "FRAGMENTS", 10)
 
 
 def line(order, start, stop):
@@ -27,7 +35,7 @@ def test_every_epoch_holds_each_row_once_in_an_order_of_its_own():
     order = RowOrder(SHARDS, seed=0)
     rows = line(order, 0, 2 * NUM_ROWS)
     first, second = rows[:NUM_ROWS], rows[NUM_ROWS:]
-    everything = [(path, place) for path, rows in SHARDS for place in range(rows)]
+    everything = [(shard.path, place) for shard in SHARDS for place in range(shard.rows)]
     for epoch, seen in enumerate((first, second)):
         assert {e for e, *_ in seen} == {epoch}
         assert sorted((path, place) for _, path, place, _ in seen) == everything
@@ -86,9 +94,9 @@ def test_batch_number_i_is_the_ith_shortest_piece_of_a_lane():
 
 
 def test_a_pool_is_no_longer_than_an_epoch():
-    order = StageOrder(RowOrder([("a", 100)], 0), StageConfig(batch_size=32), DataConfig())
+    order = StageOrder(RowOrder([Shard("a", 100)], 0), StageConfig(batch_size=32), DataConfig())
     assert order.pool_batches == 3
-    assert StageOrder(RowOrder([("a", 10)], 0), StageConfig(batch_size=32), DataConfig()).pool_batches == 1
+    assert StageOrder(RowOrder([Shard("a", 10)], 0), StageConfig(batch_size=32), DataConfig()).pool_batches == 1
 
 
 @pytest.mark.parametrize(("batch_size", "lanes", "expected"), [(64, 8, 8), (12, 8, 4), (5, 8, 1), (800, 800, 800)])
@@ -104,3 +112,28 @@ def test_the_cursor_names_epoch_and_rows_done():
     whole = NUM_ROWS // pool + 1
     assert order.cursor(whole * order.pool_batches) == {"epoch": 1, "position": whole * pool - NUM_ROWS}
     assert order.cursor(1000)["epoch"] >= 5
+
+
+def test_shards_are_read_as_often_as_they_are_told():
+    order = RowOrder([Shard("once", 40), Shard("twice", 30, 2.0), Shard("half", 50, 0.5)], seed=0)
+    epochs: dict[int, list] = {}
+    for epoch, path, place, number in line(order, 0, 900):
+        epochs.setdefault(epoch, []).append((path, place, number))
+    assert len(epochs) >= 5
+    halves = []
+    for epoch in range(4):
+        rows = epochs[epoch]
+        assert len({number for *_, number in rows}) == len(rows)  # what is read twice is drawn for twice
+        count = {path: sorted(place for p, place, _ in rows if p == path) for path in ("once", "twice", "half")}
+        assert count["once"] == list(range(40))
+        assert count["twice"] == sorted([*range(30), *range(30)])
+        halves.append(set(count["half"]))
+        assert len(count["half"]) == len(halves[-1])
+    assert halves[0] | halves[1] == set(range(50)) and not halves[0] & halves[1]
+    assert halves[2] == halves[0] and 0 < len(halves[0]) < 50
+
+
+def test_a_part_of_uneven_epochs_is_the_same_as_cut_from_the_whole():
+    shards = [Shard("a", 40), Shard("b", 30, 1.3)]
+    whole = line(RowOrder(shards, 0), 0, 400)
+    assert line(RowOrder(shards, 0), 130, 290) == whole[130:290]

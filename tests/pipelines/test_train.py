@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.checkpoints import Checkpoints, Position
-from pipelines.order import RowOrder, StageOrder
+from pipelines.order import RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
 from pipelines.train import left_from
 from yan_core.checkpoint import CheckpointError
@@ -19,7 +19,7 @@ JOB = StageJob(stage="finetune", inputs={}, fingerprint="f", init_from="", outpu
 
 def fresh_state(config: RunConfig, seed: int, checkpoint: tuple[Path, Position] | None = None) -> StageState:
     tokenizer = Tokenizer.train(["Mary went to the kitchen."], config.tokenizer)
-    order = StageOrder(RowOrder([("a", 100)], seed=0), config.stages.finetune, config.data)
+    order = StageOrder(RowOrder([Shard("a", 100)], seed=0), config.stages.finetune, config.data)
     model = build_model(config.model, tokenizer.vocab_size, seed)
     return StageState(config, JOB, model, tokenizer, order, checkpoint)
 

@@ -1,0 +1,151 @@
+"""Which texts of a corpus are there already: equal ones by a hash, similar ones by MinHash and its bands.
+
+Texts of all data sets of the corpus are compared; of each group of duplicates the first one stays. Signatures are
+written piece by piece, and compared band by band: no task and no process holds all of them.
+Source: Broder 1997, "On the resemblance and containment of documents"; Lee et al. 2022, arXiv:2107.06499.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.encode import Encode, document_key
+from pipelines.sources import UnreadableFile
+from yan_core.config import CleanConfig
+from yan_core.files import atomic_folder
+
+PERMUTATIONS = 128
+"""Hash values of a MinHash signature."""
+
+NGRAM = 5
+"""Words of a shingle."""
+
+
+def bands_of(threshold: float) -> tuple[int, int]:
+    """Bands and values a band, so that texts of this similarity share a band about every second time."""
+    fits = [(abs((1 / (PERMUTATIONS // r)) ** (1 / r) - threshold), PERMUTATIONS // r, r) for r in range(1, 65)]
+    return min(fits)[1:]
+
+
+def shingles(text: str) -> set[bytes]:
+    """The word 5-grams of a text, or all its words where it has fewer."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[i : i + NGRAM]).encode() for i in range(max(1, len(words) - NGRAM + 1))}
+
+
+def band_keys(texts: Sequence[str], threshold: float) -> np.ndarray:
+    """Keys of each text's bands, uint64, [texts, bands]: texts that share one are near-duplicates."""
+    from datasketch import MinHash
+
+    bands, width = bands_of(threshold)
+    signatures = MinHash.bulk((shingles(t) for t in texts), num_perm=PERMUTATIONS)
+    values = np.stack([s.hashvalues for s in signatures])[:, : bands * width].reshape(len(texts), bands, width)
+    keys = np.full((len(texts), bands), 0xCBF29CE484222325, np.uint64)
+    with np.errstate(over="ignore"):
+        for i in range(width):
+            keys = (keys ^ values[:, :, i].astype(np.uint64)) * np.uint64(0x100000001B3)
+            keys ^= keys >> np.uint64(29)
+    return keys
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Writes the signatures of a piece's texts."""
+
+    encode: Encode
+
+    def path(self, number: int) -> Path:
+        """Where they are: `rows`, the rows' numbers, and `keys`, [rows, 1 + bands]."""
+        return self.encode.folder / "signatures" / f"{self.encode.name}-{number:06d}"
+
+    def __call__(self, number: int) -> None:
+        """Do a piece, unless it is done."""
+        path, config = self.path(number), self.encode.data.clean
+        if path.is_dir():
+            return
+        column = self.encode.source.dataset.columns.get("text", self.encode.data.corpus_column)
+        rows, keys = [], []
+        try:
+            for batch in self.encode.source.rows(self.encode.source.pieces[number]):
+                texts = [
+                    (n, r[column]) for n, r in zip(batch.numbers, batch.rows, strict=True) if _is_text(r.get(column))
+                ]
+                if texts:
+                    rows += [n for n, _ in texts]
+                    keys.append(signatures([t for _, t in texts], config))
+        except UnreadableFile:
+            pass  # the encoding sets the file aside, with the reason
+        with atomic_folder(path) as folder:
+            np.save(folder / "rows.npy", np.array(rows, np.int64))
+            np.save(folder / "keys.npy", np.concatenate(keys) if keys else np.zeros((0, 1), np.uint64))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def signatures(texts: Sequence[str], config: CleanConfig) -> np.ndarray:
+    """Keys of texts, uint64, [texts, 1 + bands]: that of the whole text, and those of its bands where asked."""
+    exact = np.array([[document_key(t)] for t in texts], np.uint64)
+    return exact if config.duplicates == "exact" else np.hstack([exact, band_keys(texts, config.near_threshold)])
+
+
+def pairs_of(paths: Sequence[Path], column: int) -> np.ndarray:
+    """Texts that share a key in one column of the signatures, with the first one that has it.
+
+    Args:
+        paths: Signatures of all pieces, in order.
+        column: Which key.
+
+    Returns:
+        Numbers of texts over all pieces, int64, [pairs, 2].
+    """
+    found = [np.load(path / "keys.npy", mmap_mode="r") for path in paths]
+    keys = np.concatenate([k[:, column] if k.shape[1] > column else np.zeros(0, np.uint64) for k in found])
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    new = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(keys) else np.zeros(0, bool)
+    first = order[np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))]
+    return np.stack([first, order], 1)[~new]
+
+
+def duplicates(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Texts that are not the first of their group, sorted; groups are what pairs [pairs, 2] connect."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    _, group = connected_components(graph, directed=False)
+    _, first = np.unique(group, return_index=True)
+    return np.setdiff1d(np.arange(count), first)
+
+
+def mark_duplicates(signs: Sequence[Sign], compare: Callable[[list[Path], int], list[np.ndarray]]) -> int:
+    """Leave the numbers of each piece's duplicate rows in files, from its signatures.
+
+    Args:
+        signs: Of all data sets of the corpus, in order; their pieces are signed.
+        compare: (signatures, number of columns) -> `pairs_of` each column, computed wherever.
+
+    Returns:
+        How many there are.
+    """
+    pieces = [(sign, number) for sign in signs for number in range(len(sign.encode.source.pieces))]
+    paths = [sign.path(number) for sign, number in pieces]
+    rows = [np.load(path / "rows.npy") for path in paths]
+    columns = max(np.load(path / "keys.npy", mmap_mode="r").shape[1] for path in paths)
+    pairs = np.concatenate(compare(paths, columns))
+    ends = np.cumsum([len(r) for r in rows])
+    dropped = duplicates(pairs, int(ends[-1])) if len(pairs) else np.zeros(0, np.int64)
+    for (sign, number), end, own in zip(pieces, ends.tolist(), rows, strict=True):
+        inside = dropped[(dropped >= end - len(own)) & (dropped < end)] - (end - len(own))
+        if len(inside):
+            path = sign.encode.duplicates_path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, own[inside])
+    return len(dropped)

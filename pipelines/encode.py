@@ -1,0 +1,392 @@
+"""A piece of a data set -> shards of token ids, or of text: what one task of `yan prepare` does.
+
+A task reads and writes a thousand rows at a time. What it did is written last, in a record of its own; a piece with a
+record is not done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.sources import Piece, Rows, Source, UnreadableFile, fields_of
+from yan_core.config import CleanConfig, DataConfig
+from yan_core.files import sha256_file, write_file
+from yan_core.tasks import Task
+from yan_core.tokenization import Tokenizer
+
+IDS = pa.list_(pa.int32())
+SCHEMAS = {
+    "finetune": pa.schema([("source", IDS), ("target", IDS)]),
+    "flow": pa.schema([("target", IDS)]),
+    "text": pa.schema(
+        [("source", pa.string()), ("target", pa.string()), ("answers", pa.list_(pa.string())), ("kind", pa.string())]
+    ),
+}
+"""Columns of the shards of task pairs, of windows of plain text, and of rows that stay text."""
+
+ROW_GROUP = 256
+"""Rows of a row group: what a training reads at the least to get one row."""
+
+
+@dataclass
+class Record:
+    """What became of a piece.
+
+    Attributes:
+        files: Shards written, below the prepared folder: rows, bytes and SHA-256 of each.
+        rows: Usable rows of each part (`finetune`, `flow`, `validation`, `test`).
+        tokens: Tokens written.
+        bad: Rows set aside because they cannot be used.
+        first_bad: Reason and row of the first of these.
+        dropped: Rows left out on purpose, by reason.
+        cut_rows: Sources that were cut to data.max_source_tokens.
+        cut_tokens: Tokens cut off them.
+        unreadable: Why the piece's file cannot be read, or empty.
+    """
+
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    bad: int = 0
+    first_bad: dict[str, Any] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    unreadable: str = ""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Record:
+        """One from its plain values."""
+        return cls(**{**values, "rows": Counter(values["rows"]), "dropped": Counter(values["dropped"])})
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """One that was written earlier; None if there is none."""
+        try:
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return None
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(text: str) -> Tokenizer:
+    return Tokenizer.from_json(text)
+
+
+def document_key(text: str) -> int:
+    """64-bit hash of a document's name or text; white space and case do not count."""
+    return int.from_bytes(hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest(), "little")
+
+
+def split_of(key: int, held_out: float) -> str:
+    """The split that a document falls into, by its key alone: `train`, `validation` or `test`."""
+    place = key / 2**64
+    return "validation" if place < held_out else "test" if place < 2 * held_out else "train"
+
+
+def clean(text: str, config: CleanConfig) -> str:
+    """A text in its normal form, without control characters and white space around it."""
+    if not config.unicode:
+        return text
+    text = unicodedata.normalize(config.unicode, text)
+    if not text.isprintable():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    return text.strip()
+
+
+class ShardWriter:
+    """Writes rows of one part of a piece to shards of at most `rows_per_shard` rows."""
+
+    def __init__(self, folder: Path, part: str, stem: str, schema: pa.Schema, rows_per_shard: int) -> None:
+        self.folder, self.part, self.stem, self.schema, self.limit = folder, part, stem, schema, rows_per_shard
+        self.writer: pq.ParquetWriter | None = None
+        self.path, self.files, self.rows, self.total = Path(), {}, 0, 0
+        self.held: list[pa.Table] = []
+        self.num_held = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take some rows."""
+        self.held.append(table)
+        self.num_held += table.num_rows
+        self.total += table.num_rows
+        while self.num_held >= ROW_GROUP:
+            self._flush(self.num_held // ROW_GROUP * ROW_GROUP)
+
+    def _flush(self, rows: int) -> None:
+        table = pa.concat_tables(self.held)
+        if self.writer is None:
+            self.path = self.folder / self.part / f"{self.stem}-{len(self.files):04d}.parquet"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.writer = pq.ParquetWriter(self.path, self.schema, compression="zstd")
+        rows = min(rows, self.limit - self.rows)
+        self.writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP)
+        self.rows += rows
+        self.held, self.num_held = [table.slice(rows)], self.num_held - rows
+        if self.rows == self.limit:
+            self._end()
+
+    def _end(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            name = self.path.relative_to(self.folder).as_posix()
+            self.files[name] = {
+                "rows": self.rows,
+                "bytes": self.path.stat().st_size,
+                "sha256": sha256_file(self.path),
+            }
+            self.writer, self.rows = None, 0
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Write the rest; gives what was written."""
+        while self.num_held:
+            self._flush(self.num_held)
+        self._end()
+        return self.files
+
+
+def lists(rows: list[list[int]]) -> pa.ListArray:
+    """Rows of token ids as one array; through NumPy, which is twice as fast as Arrow's own way from nested lists."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    values = np.fromiter((i for row in rows for i in row), np.int32, int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Does a piece of one split of a data set.
+
+    Attributes:
+        source: The data set.
+        split: `train`, `validation` or `corpus`.
+        task: Template of the rows; None: they are plain text.
+        data: Lengths, cleaning.
+        tokenizer: Its JSON.
+        folder: Where shards, records and the quarantine go.
+        kept_out: Sorted keys of documents that must not be here, as those of the other split, [num] uint64.
+        duplicates: File of the numbers of a piece's rows that are duplicates, by piece; see dedup.py.
+        threads: Threads of the tokenizer.
+    """
+
+    source: Source
+    split: str
+    task: Task | None
+    data: DataConfig
+    tokenizer: str
+    folder: Path
+    kept_out: np.ndarray
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """What its files are called by."""
+        return f"{self.split}-{self.source.name}"
+
+    def record_path(self, number: int) -> Path:
+        """Where a piece's record is."""
+        return self.folder / "records" / f"{self.name}-{number:06d}.json"
+
+    def duplicates_path(self, number: int) -> Path:
+        """Where the numbers of a piece's duplicate rows are, if it has any."""
+        return self.folder / "duplicates" / f"{self.name}-{number:06d}.npy"
+
+    def __call__(self, number: int) -> Record:
+        """Do a piece, unless its record says that it is done."""
+        done = Record.read(self.record_path(number))
+        if done is not None:
+            return done
+        os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # of the tokenizer, before its first use
+        piece, record = self.source.pieces[number], Record()
+        stem = f"{self.source.name}-{number:06d}"
+        writers: dict[str, ShardWriter] = {}
+
+        def writer(part: str, schema: str) -> ShardWriter:
+            if part not in writers:
+                writers[part] = ShardWriter(self.folder, part, stem, SCHEMAS[schema], self.data.rows_per_shard)
+            return writers[part]
+
+        quarantine = self.folder / "quarantine" / self.split / f"{stem}.jsonl"
+        quarantine.unlink(missing_ok=True)
+        path = self.duplicates_path(number)
+        duplicates = set(np.load(path).tolist()) if path.is_file() else set()
+        try:
+            for batch in self.source.rows(piece):
+                bad = [{**b, "row": None} for b in batch.bad]
+                if self.task is None:
+                    bad += self._windows(batch, duplicates, record, writer)
+                else:
+                    bad += self._pairs(batch, record, writer)
+                if bad:
+                    record.bad += len(bad)
+                    record.first_bad = record.first_bad or bad[0]
+                    set_aside(quarantine, piece, bad)
+        except UnreadableFile as error:
+            record.unreadable = str(error)
+            set_aside(quarantine, piece, [{"row_number": None, "reason": record.unreadable, "row": None}])
+        for part, shards in writers.items():
+            record.files |= shards.close()
+            record.rows[part] += shards.total
+        write_file(self.record_path(number), json.dumps(dataclasses.asdict(record)))
+        return record
+
+    def _windows(
+        self, batch: Rows, duplicates: set[int], record: Record, writer: Callable[[str, str], ShardWriter]
+    ) -> list[dict[str, Any]]:
+        """Plain texts -> windows of token ids; gives the rows that are no text."""
+        column, bad, texts = self.source.dataset.columns.get("text", self.data.corpus_column), [], []
+        for number, row in zip(batch.numbers, batch.rows, strict=True):
+            text = row.get(column)
+            if not isinstance(text, str):
+                reason = f"{column!r} must be text, got {text!r} ({type(text).__name__})"
+                bad.append({"row_number": number, "reason": reason, "row": {column: text}})
+                continue
+            reason = "duplicate" if number in duplicates else self._unwanted(text, row)
+            if reason:
+                record.dropped[reason] += 1
+            else:
+                texts.append(clean(text, self.data.clean))
+        self._write_windows(texts, record, writer)
+        return bad
+
+    def _write_windows(self, texts: list[str], record: Record, writer: Callable[[str, str], ShardWriter]) -> None:
+        size = self.data.window_tokens
+        encodings = _tokenizer(self.tokenizer).encode_batch(texts)
+        windows = [e.ids[i : i + size] for e in encodings for i in range(0, len(e.ids), size)]
+        record.tokens += sum(map(len, windows))
+        if windows:
+            writer("flow", "flow").add(pa.table({"target": lists(windows)}, SCHEMAS["flow"]))
+
+    def _unwanted(self, text: str, row: dict[str, Any]) -> str:
+        """Why a text is left out, or empty."""
+        config = self.data.clean
+        if not text.strip():
+            return "blank"
+        if len(text) < config.min_chars:
+            return "too short"
+        if config.max_chars and len(text) > config.max_chars:
+            return "too long"
+        return self._of_other_split(row, text)
+
+    def _of_other_split(self, row: dict[str, Any], text: str) -> str:
+        dataset = self.source.dataset
+        if not dataset.held_out and not len(self.kept_out):
+            return ""
+        key = document_key(str(row.get(dataset.document, text)) if dataset.document else text)
+        if dataset.held_out and split_of(key, dataset.held_out) != "train":
+            return "held out"
+        place = int(np.searchsorted(self.kept_out, np.uint64(key)))
+        return "in validation" if place < len(self.kept_out) and int(self.kept_out[place]) == key else ""
+
+    def _pairs(self, batch: Rows, record: Record, writer: Callable[[str, str], ShardWriter]) -> list[dict[str, Any]]:
+        """Rows -> the task's pairs; gives the unusable ones."""
+        assert self.task is not None
+        bad, good = [], []
+        for number, row in zip(batch.numbers, batch.rows, strict=True):
+            fields = fields_of(row, self.source.dataset.columns)
+            try:
+                good.append((number, row, fields, *self.task.pair(fields)))
+            except ValueError as error:
+                bad.append({"row_number": number, "reason": str(error), "row": row})
+        if self.split == "train":
+            kept = []
+            for entry in good:
+                reason = self._of_other_split(entry[1], entry[3])
+                if reason:
+                    record.dropped[reason] += 1
+                else:
+                    kept.append(entry)
+            return bad + self._write_pairs(kept, record, writer)
+        texts: dict[str, list[dict[str, Any]]] = {}
+        for _, row, fields, source, target in good:
+            part = self._held_out_part(row, source)
+            if part:
+                texts.setdefault(part, []).append(_as_text(fields, source, target))
+        for part, rows in texts.items():
+            writer(part, "text").add(pa.Table.from_pylist(rows, SCHEMAS["text"]))
+        return bad
+
+    def _held_out_part(self, row: dict[str, Any], source: str) -> str:
+        """The part that a row which is not trained on belongs to; empty: none."""
+        dataset = self.source.dataset
+        if not dataset.held_out:
+            return self.split
+        key = document_key(str(row.get(dataset.document, source)) if dataset.document else source)
+        part = split_of(key, dataset.held_out)
+        return "" if part == "train" else part
+
+    def _write_pairs(
+        self,
+        entries: list[tuple[int, dict[str, Any], dict[str, Any], str, str]],
+        record: Record,
+        writer: Callable[[str, str], ShardWriter],
+    ) -> list[dict[str, Any]]:
+        """Encode pairs and write them; gives the rows whose target is too long."""
+        assert self.task is not None
+        tokenizer, limit = _tokenizer(self.tokenizer), self.data.max_target_tokens
+        sources = tokenizer.encode_batch([e[3] for e in entries], self.data.max_source_tokens, self.task.keep)
+        targets = tokenizer.encode_batch([e[4] for e in entries])
+        bad, kept = [], []
+        for i, (entry, target) in enumerate(zip(entries, targets, strict=True)):
+            if len(target.ids) <= limit:
+                kept.append(i)
+            else:
+                reason = f"target has {len(target.ids)} tokens, data.max_target_tokens={limit}"
+                bad.append({"row_number": entry[0], "reason": reason, "row": entry[1]})
+        record.cut_rows += sum(sources[i].num_cut > 0 for i in kept)
+        record.cut_tokens += sum(sources[i].num_cut for i in kept)
+        record.tokens += sum(len(sources[i].ids) + len(targets[i].ids) for i in kept)
+        if kept:
+            columns = {"source": lists([sources[i].ids for i in kept]), "target": lists([targets[i].ids for i in kept])}
+            writer("finetune", "finetune").add(pa.table(columns, SCHEMAS["finetune"]))
+            if not self.data.corpus and not self.data.mixture and self.source.dataset.format != "world":
+                self._write_windows([entries[i][3] for i in kept], record, writer)
+        return bad
+
+
+def _as_text(fields: dict[str, Any], source: str, target: str) -> dict[str, Any]:
+    answers = fields.get("answers")
+    answers = [str(a) for a in answers] if isinstance(answers, list) and answers else [target]
+    return {"source": source, "target": target, "answers": answers, "kind": str(fields.get("kind") or "")}
+
+
+def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
+    """A row's source, target, every right answer and kind of question, as text.
+
+    Raises:
+        ValueError: If the template cannot be filled in.
+    """
+    return _as_text(fields, *task.pair(fields))
+
+
+def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
+    """Append unusable rows with file, row and reason to a file of the quarantine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        for entry in bad:
+            out.write(json.dumps({"file": piece.where, **entry}, default=str, ensure_ascii=False) + "\n")
+
+
+def document_keys(source: Source, task: Task) -> Iterator[int]:
+    """Keys of the documents of a split of a task's data set."""
+    for piece in source.pieces:
+        for batch in source.rows(piece):
+            for row in batch.rows:
+                try:
+                    text, _ = task.pair(fields_of(row, source.dataset.columns))
+                except ValueError:
+                    continue
+                yield document_key(str(row.get(source.dataset.document, text)) if source.dataset.document else text)

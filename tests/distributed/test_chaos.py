@@ -1,0 +1,128 @@
+"""A cluster of two nodes that loses workers, nodes and drivers while it trains: `pytest -m soak tests/distributed`."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+
+from yan_core.config import RunConfig, from_dict, to_dict
+
+pytestmark = [pytest.mark.soak, pytest.mark.cluster, pytest.mark.distributed]
+
+STEPS = {"autoencoder": 100, "flow": 100, "finetune": 200}
+NODE = {"num_cpus": 3, "object_store_memory": 200 * 2**20}
+METRIC = "{}/train/loss"
+
+
+def settings(tiny_settings: dict, folder: Path, name: str, workers: int) -> RunConfig:
+    values = {
+        **tiny_settings,
+        "name": name,
+        "runs_dir": str(folder),
+        "log_every_s": 0.0,
+        "stages": {stage: {**tiny_settings["stages"][stage], "max_steps": n} for stage, n in STEPS.items()},
+        "scaling": {"num_workers": workers, "checkpoint_every_s": 1.0, "max_failures": -1},
+        "evaluation": {"num_steps": [3], "max_rows": 10},
+    }
+    values["data"] = {
+        **values["data"],
+        "datasets": {
+            "small": {"format": "world", "num_train": 400, "num_validation": 40},
+            "stories": {"format": "world_stories", "num_train": 200},
+        },
+        "corpus": "stories",
+    }
+    values["model"] = {**values["model"], "dropout": 0.1}
+    return from_dict(RunConfig, values)
+
+
+def start(config: RunConfig, address: str | None) -> tuple[subprocess.Popen, Path]:
+    folder = Path(config.runs_dir)
+    file, log = folder / f"{config.name}.yaml", folder / f"{config.name}.{time.monotonic_ns()}.log"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
+    command = [sys.executable, "-m", "pipelines", "run", "--config", str(file)]
+    return subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment), log
+
+
+def workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def losses_of(config: RunConfig) -> dict[tuple[str, int], list[float]]:
+    """Every loss that was recorded at a step, of the one run there is."""
+    client = mlflow.MlflowClient(f"sqlite:///{Path(config.runs_dir).resolve()}/mlflow.db")
+    experiment = client.get_experiment_by_name("yan")
+    assert experiment is not None
+    (run,) = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == config.name]
+    assert run.info.status == "FINISHED"
+    found: dict[tuple[str, int], list[float]] = {}
+    for stage in STEPS:
+        for metric in client.get_metric_history(run.info.run_id, METRIC.format(stage)):
+            found.setdefault((stage, metric.step), []).append(metric.value)
+    return found
+
+
+def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_settings, tmp_path):
+    """Ten kills at random moments, of a worker, a node's raylet or the driver."""
+    calm, wild = settings(tiny_settings, tmp_path, "calm", 1), settings(tiny_settings, tmp_path, "wild", 2)
+    process, log = start(calm, None)
+    assert process.wait(600) == 0, log.read_text()
+
+    rng, kills = random.Random(0), {"worker": 0, "raylet": 0, "driver": 0}
+    plan = ["worker", "raylet", "driver"] * 3 + ["worker"]
+    rng.shuffle(plan)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    try:
+        other = cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        process, log = start(wild, cluster.address)
+        for what in plan:
+            seen = log.read_text()
+            deadline = time.monotonic() + 240
+            while not re.search(r"\n  \w+ +\d+/\d+ loss", log.read_text()[len(seen) :]):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            time.sleep(rng.uniform(0, 4))
+            if process.poll() is not None:
+                break
+            kills[what] += 1
+            if what == "worker":
+                victims = workers()
+                if victims:
+                    rng.choice(victims).kill()
+            elif what == "raylet":
+                cluster.remove_node(other, allow_graceful=False)
+                other = cluster.add_node(**NODE)
+            else:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                time.sleep(3)
+                process, log = start(wild, cluster.address)
+        print(kills, flush=True)
+        assert process.wait(600) == 0, log.read_text()
+    finally:
+        process.kill()
+        cluster.shutdown()
+    expected, found = losses_of(calm), losses_of(wild)
+    assert sorted(found) == sorted(expected) == sorted((s, i) for s, n in STEPS.items() for i in range(1, n + 1))
+    worst = max(abs(value - expected[key][0]) for key, values in found.items() for value in values)
+    repeated = sum(len(values) > 1 for values in found.values())
+    print(f"{kills}, {repeated} of {len(found)} steps done more than once, largest difference {worst:.2g}")
+    assert worst < 1e-5 and repeated
+    # Two workers again and again give the very same numbers, to the last digits of a float32 sum.
+    assert max(max(values) - min(values) for values in found.values()) < 1e-6
