@@ -6,7 +6,6 @@ record is not done again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -232,7 +231,7 @@ class Encode:
                     bad += self._pairs(batch, record, writer)
                 if bad:
                     record.bad += len(bad)
-                    record.first_bad = record.first_bad or bad[0]
+                    record.first_bad = record.first_bad or {"file": piece.where, **bad[0]}
                     set_aside(quarantine, piece, bad)
         except UnreadableFile as error:
             record.unreadable = str(error)
@@ -240,7 +239,7 @@ class Encode:
         for part, shards in writers.items():
             record.files |= shards.close()
             record.rows[part] += shards.total
-        write_file(self.record_path(number), json.dumps(dataclasses.asdict(record)))
+        write_file(self.record_path(number), json.dumps(vars(record)))
         return record
 
     def _windows(
@@ -285,7 +284,7 @@ class Encode:
         dataset = self.source.dataset
         if not dataset.held_out and not len(self.kept_out):
             return ""
-        key = document_key(str(row.get(dataset.document, text)) if dataset.document else text)
+        key = _document_of(row, self.source, lambda: text)
         if dataset.held_out and split_of(key, dataset.held_out) != "train":
             return "held out"
         place = int(np.searchsorted(self.kept_out, np.uint64(key)))
@@ -324,8 +323,7 @@ class Encode:
         dataset = self.source.dataset
         if not dataset.held_out:
             return self.split
-        key = document_key(str(row.get(dataset.document, source)) if dataset.document else source)
-        part = split_of(key, dataset.held_out)
+        part = split_of(_document_of(row, self.source, lambda: source), dataset.held_out)
         return "" if part == "train" else part
 
     def _write_pairs(
@@ -372,6 +370,12 @@ def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
     return _as_text(fields, *task.pair(fields))
 
 
+def _document_of(row: dict[str, Any], source: Source, text: Callable[[], str]) -> int:
+    """Key of the document that a row belongs to; `text` gives the row's own."""
+    column = source.dataset.document
+    return document_key(str(row[column]) if column in row else text())
+
+
 def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
     """Append unusable rows with file, row and reason to a file of the quarantine."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,12 +385,13 @@ def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
 
 
 def document_keys(source: Source, task: Task) -> Iterator[int]:
-    """Keys of the documents of a split of a task's data set."""
+    """Keys of the documents of a split of a task's data set; an unreadable file's are left out."""
     for piece in source.pieces:
-        for batch in source.rows(piece):
-            for row in batch.rows:
-                try:
-                    text, _ = task.pair(fields_of(row, source.dataset.columns))
-                except ValueError:
-                    continue
-                yield document_key(str(row.get(source.dataset.document, text)) if source.dataset.document else text)
+        try:
+            for batch in source.rows(piece):
+                for row in batch.rows:
+                    fields = fields_of(row, source.dataset.columns)
+                    if all(isinstance(fields.get(name), str) for name in task.fields):
+                        yield _document_of(row, source, lambda fields=fields: text_row(fields, task)["source"])
+        except (UnreadableFile, ValueError):
+            continue

@@ -30,7 +30,7 @@ import ray.data
 import ray.exceptions
 
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
-from pipelines.encode import SCHEMAS, Encode, Record, document_keys, text_row
+from pipelines.encode import SCHEMAS, Encode, Record, clean, document_keys, text_row
 from pipelines.order import Shard
 from pipelines.sources import (
     DataError,
@@ -120,7 +120,7 @@ class _Do:
         said = []
         for row in asked.to_pylist():
             done = self.jobs[row["job"]](row["piece"])
-            said.append(json.dumps(dataclasses.asdict(done) if isinstance(done, Record) else None))
+            said.append(json.dumps(vars(done) if isinstance(done, Record) else None))
         return pa.table({"job": asked.column("job"), "said": said})
 
 
@@ -192,10 +192,11 @@ def _check_counts(
     if bad and bad > allowed * (good + bad):
         share = math.ceil(1000 * bad / (good + bad)) / 1000
         remedy = f", or let them be set aside with --data.bad_rows_allowed {share:g}" if good else ""
-        row = json.dumps(first["row"], default=str, ensure_ascii=False)[:300] if first.get("row") else ""
+        row = f"; {json.dumps(first['row'], default=str, ensure_ascii=False)[:300]}" if first.get("row") else ""
         raise DataError(
-            f"{bad} of {good + bad} {split} rows of {name!r} cannot be used (data.bad_rows_allowed={allowed:g}). "
-            f"The first, number {first['row_number']}: {first['reason']}; row {row}. {where}Mend the data{remedy}"
+            f"{bad} of {good + bad} {split} rows of {name!r} cannot be used (data.bad_rows_allowed={allowed:g}). The "
+            f"first, row {first['row_number'] + 1} of {first['file']}: {first['reason']}{row}. {where}"
+            f"Mend the data{remedy}"
         )
     if good == 0:
         raise DataError(f"data set {name!r} gave no {split} row: it is empty, or its filter `where` matches none")
@@ -208,10 +209,17 @@ def _check_records(job: Encode, records: Sequence[Record], part: str) -> None:
     if len(unreadable) > allowed * len(records):
         remedy = ", or let such files be set aside with --data.bad_rows_allowed" if len(records) > 1 else ""
         raise DataError(f"{unreadable[0]}. Mend it, or take it out{remedy}")
-    good = sum(r.rows[part] for r in records) + sum(sum(r.dropped.values()) for r in records)
+    dropped = sum((r.dropped for r in records), Counter())
+    good = sum(r.rows[part] for r in records)
     bad, first = sum(r.bad for r in records), next((r.first_bad for r in records if r.first_bad), {})
     where = f"All of them are in {job.folder / 'quarantine' / job.split}. "
-    _check_counts(name, job.split, good, bad, first, allowed, where)
+    _check_counts(name, job.split, good + dropped.total(), bad, first, allowed, where)
+    if not good:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise DataError(
+            f"no {job.split} row of {name!r} is left ({reasons}): name other files for `validation`, or the column "
+            f"that tells documents apart in data.datasets.{name}.document, or see data.clean"
+        )
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -236,7 +244,9 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
     def texts() -> Iterator[str]:
         for source in corpora:
             column = source.dataset.columns.get("text", config.data.corpus_column)
-            yield from (row[column] for row in rows(source) if isinstance(row.get(column), str))
+            yield from (
+                clean(row[column], config.data.clean) for row in rows(source) if isinstance(row.get(column), str)
+            )
         for row in rows(pairs):
             fields = fields_of(row, pairs.dataset.columns)
             yield from (fields[f] for f in task.fields if isinstance(fields.get(f), str))
@@ -416,11 +426,11 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     for batch in (batch for piece in source.pieces for batch in source.rows(piece)):
-        bad += [{**b, "row": None} for b in batch.bad]
+        bad += [{"file": path, **b, "row": None} for b in batch.bad]
         for number, row in zip(batch.numbers, batch.rows, strict=True):
             try:
                 good.append(text_row(fields_of(row, dataset.columns), task))
             except ValueError as error:
-                bad.append({"row_number": number, "reason": str(error), "row": row})
+                bad.append({"file": path, "row_number": number, "reason": str(error), "row": row})
     _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
     return good

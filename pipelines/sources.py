@@ -11,6 +11,7 @@ import glob
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -405,9 +406,10 @@ class _ReadHuggingFace:
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
+    return (raised[-1:] or lines or [type(error).__name__])[0][:300]
 
 
 def fields_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

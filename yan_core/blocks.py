@@ -183,7 +183,7 @@ def _place(draws: RowDraws | None, number: int) -> RowDraws | None:
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
-    """A block's output; with `recompute`, in training, its activations are not kept but computed again when needed.
+    """A block's output, [batch, length, d_model]; with `recompute` its activations are computed again when needed.
 
     Source: Chen et al. 2016, arXiv:1604.06174.
     """

@@ -49,7 +49,8 @@ def save_pretrained(
         model: The weights are written as they are, bit for bit.
         tokenizer: Written beside them.
         details: What else generation needs, `DETAILS`; any record besides.
-        weights: Written instead of the model's own: a copy of an earlier moment, or averages. Named and shaped alike.
+        weights: Written instead of the model's own: a copy of an earlier moment, or averages; a tensor for each of its
+            names, of the same [shape].
     """
     from yan_core import __version__
 

@@ -35,12 +35,12 @@ class _Total(torch.autograd.Function):
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the workers, any shape, with gradient to every worker's own part."""
+    """Sum over the workers, [...] in and out, with gradient to every worker's own part."""
     return values if num_workers() == 1 else cast(Tensor, _Total.apply(values))
 
 
 def even_share(counts: Tensor) -> Tensor:
-    """What each worker would have of the sum, if all had the same; any shape, without gradient."""
+    """What each worker would have of the sum, if all had the same; [...] in and out, without gradient."""
     if num_workers() == 1:
         return counts
     counts = counts.detach().clone()

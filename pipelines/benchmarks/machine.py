@@ -11,9 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -62,6 +64,37 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(seconds(lambda: a @ b, device) for _ in range(7))
     return 2 * size**3 / best
+
+
+RESULTS = Path(__file__).parent / "results"
+"""Where benchmarks leave a line of JSON a run."""
+
+
+def at_its_best(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], T], int, float]:
+    """A call with the number of CPU threads it is fastest with: one, or all there are.
+
+    Small operations are often slower with two threads than with one, for some contestants and not for others.
+
+    Returns:
+        The call, its threads, and about how long it takes.
+    """
+    found = []
+    everything = torch.get_num_threads()
+    for threads in sorted({1, everything}, reverse=True):
+        torch.set_num_threads(threads)
+        first = seconds(call, device)
+        found.append((min([first, *(seconds(call, device) for _ in range(4 if first < 1 else 0))]), threads))
+    torch.set_num_threads(everything)
+    best_s, best = min(found)
+
+    def at_best() -> T:
+        torch.set_num_threads(best)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(everything)
+
+    return at_best, best, best_s
 
 
 def take_turns(

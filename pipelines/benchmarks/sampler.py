@@ -29,6 +29,7 @@ import yaml
 from torch import Tensor, nn
 
 from pipelines.benchmarks import machine
+from pipelines.benchmarks.machine import RESULTS
 from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion
 from yan_core.config import ModelConfig, RunConfig, from_dict
 from yan_core.files import code_commit, write_file
@@ -38,7 +39,6 @@ from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.sampler import sample
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RESULTS = Path(__file__).parent / "results"
 SIZES = ("5m", "50m", "200m")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LLADA_8B = DecoderShape(d_model=4096, num_blocks=32, num_heads=32)
@@ -359,6 +359,8 @@ def measure(cell: Cell, names: Sequence[str], limits: Limits, say: Callable[[str
             calls[name] = contestant(name, cell, passes)
             ids[name] = calls[name]().clone()
             first_s[name] = machine.seconds(calls[name], device)
+            if device.type == "cpu" and first_s[name] < limits.budget_s / 10:
+                calls[name], row["threads"], first_s[name] = machine.at_its_best(calls[name], device)
             row["first_call_s"] = time.perf_counter() - start - first_s[name]
             if limits.memory and device.type == "cuda":
                 # A graph's memory is set aside when it is captured, not when it runs.
@@ -410,6 +412,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("q1", "q1_ms", "{:.2f}"),
     ("q3", "q3_ms", "{:.2f}"),
     ("turns", "turns", "{}"),
+    ("threads", "threads", "{}"),
     ("tokens/s", "tokens_per_s", "{:.0f}"),
     ("peak MB", "peak_bytes", "{:.1f}"),
     ("over naive", "speedup_over_naive", "{:.2f}x"),

@@ -48,7 +48,7 @@ def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
         ("model: {d_modle: 64}", r"d_modle[\s\S]*Did you mean model.d_model\?"),
         ("model: {d_model: wide}", "model.d_model"),
         ("model: {d_model: 10}", "multiple of"),
-        ("stages: {flow: {batch_size: 5}}", r"stages.flow.batch_size=5 must be a multiple of"),
+        ("stages: {flow: {batch_size: 5}}", r"must divide both stages.flow.batch_size=5 and data.lanes=8"),
         ("data: {datasets: {a: {format: xml}}}", "format"),
     ],
 )
@@ -111,5 +111,5 @@ def test_a_broken_line_of_jsonl_is_named_on_one_screen(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert "rows.jsonl, line 4, as jsonl" in done.stderr
+    assert "row 4 of rows.jsonl: no JSON" in done.stderr
     assert len((done.stdout + done.stderr).splitlines()) < 5

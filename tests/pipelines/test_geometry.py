@@ -124,8 +124,8 @@ def test_the_loss_is_the_products_with_points_for_latents_and_no_decoder(monkeyp
     batch = Batch(torch.arange(32), rows, torch.zeros_like(rows, dtype=torch.bool), rows, torch.ones_like(rows) > 0)
     total, parts = PointLoss(model.flow, points, config)(batch, num_steps=3)
 
-    monkeypatch.setattr(model, "encode_target", lambda ids, mask: points[ids])
-    monkeypatch.setattr(model, "encode_source", lambda ids, mask: no_source(model.flow, len(ids)))
+    monkeypatch.setattr(model, "encode_target", lambda ids, mask, draws: points[ids])
+    monkeypatch.setattr(model, "encode_source", lambda ids, mask, draws: no_source(model.flow, len(ids)))
     product = flow_loss(model, batch, dataclasses.replace(config, weight_ce=0.0), num_steps=3)
     assert float(total.detach()) == pytest.approx(float(product.total.detach()), rel=1e-6)
     assert all(float(value) == pytest.approx(float(product.parts[name])) for name, value in parts.items())

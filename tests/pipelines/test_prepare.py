@@ -1,5 +1,6 @@
 """Rows of every format -> shards, and what is said about rows that cannot be used."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,8 +34,12 @@ def local_ray():
         yield
 
 
-def write(folder: Path, kind: str, rows=ROWS) -> str:
-    path = folder / f"rows.{kind}"
+HELD_OUT = [{**row, "story": f"Then {row['story']}"} for row in ROWS]
+"""Validation rows: what is the same is not trained on."""
+
+
+def write(folder: Path, kind: str, rows=ROWS, name="rows") -> str:
+    path = folder / f"{name}.{kind}"
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif kind == "jsonl":
@@ -47,11 +52,12 @@ def write(folder: Path, kind: str, rows=ROWS) -> str:
 
 def config_for(tmp_path, kind="jsonl", rows=ROWS, **data) -> RunConfig:
     path = write(tmp_path, kind, rows) if rows is not None else data.pop("path")
+    held_out = write(tmp_path, kind, HELD_OUT, "held_out") if rows is not None else data.pop("held_out", path)
     datasets = {
         "own": {
             "format": kind,
             "train": path,
-            "validation": path,
+            "validation": held_out,
             "columns": {"context": "story"},
             "where": {"task": "a"},
         }
@@ -93,8 +99,8 @@ def test_plain_text_files_are_a_corpus(tmp_path):
 def test_a_hugging_face_data_set_is_streamed_from_a_local_folder(tmp_path):
     folder = tmp_path / "hub"
     folder.mkdir()
-    for split in ("train", "validation"):
-        pq.write_table(pa.Table.from_pylist(ROWS), folder / f"{split}-00000-of-00001.parquet")
+    for split, rows in (("train", ROWS), ("validation", HELD_OUT)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
     datasets = {"own": {"format": "huggingface", "path": str(folder), "columns": {"context": "story"}}}
     config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": datasets}})
     assert prepare(config, tmp_path / "out").manifest["rows"]["finetune"] == len(ROWS)
@@ -108,6 +114,7 @@ def test_labels_of_a_hugging_face_data_set_come_by_name(tmp_path):
     rows = {"text": ["a match", "a treaty", "a goal"], "label": [0, 1, 0]}
     for split in ("train", "validation"):
         (tmp_path / "hub").mkdir(exist_ok=True)
+        rows["text"] = [f"{text} of {split}" for text in rows["text"]]
         made = datasets.Dataset.from_dict(rows, features=features)
         made.to_parquet(str(tmp_path / "hub" / f"{split}-00000-of-00001.parquet"))
     own = {"own": {"format": "huggingface", "path": str(tmp_path / "hub")}}
@@ -123,7 +130,7 @@ def test_a_corpus_row_that_is_no_text_counts(tmp_path):
     datasets = {"own": vars(base.data.datasets["own"]) | {"kinds": []}}
     datasets["plain"] = {"format": "jsonl", "train": str(tmp_path / "corpus.jsonl")}
     data = {"dataset": "own", "corpus": "plain", "datasets": datasets}
-    with pytest.raises(DataError, match="1 of 3 corpus rows of 'plain'.*'text' must be text, got None"):
+    with pytest.raises(DataError, match="1 of 4 corpus rows of 'plain'.*'text' must be text, got None"):
         prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out")
     prepared = prepare(from_dict(RunConfig, {"data": {**data, "bad_rows_allowed": 0.5}}), tmp_path / "out")
     assert prepared.manifest["bad_rows"]["corpus"] == 1 and prepared.manifest["rows"]["flow"] == 2
@@ -229,3 +236,161 @@ def test_evaluation_rows_go_through_the_same_filter_and_template(tmp_path):
 def test_prepared_data_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="yan prepare"):
         open_prepared(tmp_path)
+
+
+def corpus_config(tmp_path, texts, **data) -> RunConfig:
+    """A corpus of plain texts in two Parquet files beside a task's rows."""
+    half = len(texts) // 2
+    folder = tmp_path / "texts"
+    folder.mkdir(exist_ok=True)
+    for i, part in enumerate((texts[:half], texts[half:])):
+        pq.write_table(pa.table({"text": part}), folder / f"{i}.parquet")
+    base = config_for(tmp_path, "parquet")
+    sets = {"own": vars(base.data.datasets["own"]) | {"kinds": []}}
+    sets["plain"] = {"format": "parquet", "train": str(folder)}
+    return from_dict(RunConfig, {"data": {"dataset": "own", "corpus": "plain", "datasets": sets, **data}})
+
+
+def windows_of(prepared) -> list[str]:
+    table = pq.read_table([shard.path for shard in prepared.shards("flow")])
+    return sorted(prepared.tokenizer.decode(r["target"]) for r in table.to_pylist())
+
+
+def test_texts_are_cleaned_and_those_too_short_or_long_counted(tmp_path):
+    texts = ["cafe\u0301 \u200bau lait", "no", "a " * 100, "  ", "plain words here", "tab\tand\x00null"]
+    config = corpus_config(tmp_path, texts, clean={"min_chars": 3, "max_chars": 50})
+    prepared = prepare(config, tmp_path / "out")
+    assert windows_of(prepared) == sorted(["caf\u00e9 au lait", "plain words here", "tab\tandnull"])
+    assert prepared.manifest["dropped"] == {"too short": 1, "too long": 1, "blank": 1}
+
+
+STORY = "The quick brown fox jumps over the lazy dog and runs far away into the deep green forest near the old mill"
+
+
+@pytest.mark.parametrize("duplicates, left", [("keep", 5), ("exact", 4), ("near", 3)])
+def test_of_duplicates_the_first_stays_whichever_file_it_is_in(tmp_path, duplicates, left):
+    near = STORY.replace("mill", "bridge")
+    texts = [STORY, "Something else altogether that shares no words", f"  {STORY.upper()} ", near, "A last one, apart"]
+    config = corpus_config(tmp_path, texts, clean={"duplicates": duplicates, "near_threshold": 0.7})
+    prepared = prepare(config, tmp_path / "out")
+    found = windows_of(prepared)
+    assert len(found) == left and sum(STORY in text for text in found) == 1
+    assert prepared.manifest["dropped"] == ({"duplicate": 5 - left} if left < 5 else {})
+
+
+def test_rows_of_one_document_fall_into_one_split(tmp_path):
+    rows = [{**ROWS[0], "story": f"Passage number {i // 5}.", "question": f"Which {i}?"} for i in range(1000)]
+    path = tmp_path / "all.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    own = {"train": str(path), "held_out": 0.2, "document": "story", "columns": {"context": "story"}}
+    config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": {"own": own}}})
+    prepared = prepare(config, tmp_path / "out")
+    counts = prepared.manifest["rows"]
+    assert counts["finetune"] + counts["validation"] + counts["test"] == 1000
+    assert 100 < counts["validation"] < 300 and 100 < counts["test"] < 300
+    assert prepared.manifest["dropped"] == {"held out": counts["validation"] + counts["test"]}
+
+    def passages(part: str) -> set[str]:
+        table = pq.read_table(prepared.folder / part).to_pylist()
+        texts = [prepared.tokenizer.decode(r["source"]) if part == "finetune" else r["source"] for r in table]
+        return {text.split(".")[0] for text in texts}
+
+    train, validation, test = (passages(part) for part in ("finetune", "validation", "test"))
+    assert not train & validation and not train & test and not validation & test
+    assert len(train | validation | test) == 200
+
+
+def test_a_passage_of_the_validation_rows_is_not_trained_on(tmp_path):
+    rows = [{**ROWS[0], "story": f"Passage {i}."} for i in range(20)]
+    other = [{**ROWS[0], "story": f"passage  {i}.", "question": "Where was Mary?"} for i in range(0, 20, 4)]
+    for name, part in (("train", rows), ("validation", other)):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    own = {"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "validation.parquet")}
+    own |= {"document": "story", "columns": {"context": "story"}}
+    config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": {"own": own}}})
+    prepared = prepare(config, tmp_path / "out")
+    assert prepared.manifest["rows"]["finetune"] == 15 and prepared.manifest["dropped"] == {"in validation": 5}
+
+
+def test_a_bad_line_and_an_unreadable_file_are_set_aside_with_file_and_row(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS) + '{"story": "Mary we\n[1]\n')
+    (folder / "1.jsonl").write_bytes(b'{"story": "\xff\xfe"}\n')
+    held_out = write(tmp_path, "jsonl", HELD_OUT, "held_out")
+    with pytest.raises(DataError, match=r"cannot read .*1\.jsonl as jsonl: .*utf-8.*--data\.bad_rows_allowed"):
+        prepare(
+            config_for(tmp_path, "jsonl", path=str(folder), held_out=held_out, rows=None, bad_rows_allowed=0.1),
+            tmp_path / "out",
+        )
+    prepared = prepare(
+        config_for(tmp_path, "jsonl", path=str(folder), held_out=held_out, rows=None, bad_rows_allowed=0.5),
+        tmp_path / "out",
+    )
+    assert prepared.manifest["bad_rows"]["train"] == 2
+    quarantine = prepared.folder / "quarantine" / "train"
+    found = [json.loads(line) for f in sorted(quarantine.glob("*")) for line in f.read_text().splitlines()]
+    assert [(Path(f["file"]).name, f["row_number"]) for f in found] == [
+        ("0.jsonl", 40),
+        ("0.jsonl", 41),
+        ("1.jsonl", None),
+    ]
+    assert found[0]["reason"].startswith("no JSON") and found[1]["reason"].startswith("a row must be a JSON object")
+
+
+def test_what_is_prepared_is_not_done_again_after_an_interruption(tmp_path):
+    """The records of finished pieces are used; another setting makes them worthless."""
+    config = config_for(tmp_path, "jsonl", [*ROWS, {**ROWS[0], "answer": None}])
+    said: list[str] = []
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(config, tmp_path / "out", said.append)
+    records = tmp_path / "out.unfinished" / "records"
+    before = {f.name: f.stat().st_mtime_ns for f in records.iterdir()}
+    assert len(before) == 2
+    (records / "validation-own-000000.json").unlink()  # as if it had been interrupted there
+    allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_rows_allowed=0.5))
+    shorter = dataclasses.replace(allowed, data=dataclasses.replace(allowed.data, max_source_tokens=5))
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(config, tmp_path / "out", said.append)
+    after = {f.name: f.stat().st_mtime_ns for f in records.iterdir()}
+    assert {name for name in before if before[name] == after[name]} == {"train-own-000000.json"} and not said
+    prepared = prepare(shorter, tmp_path / "out", said.append)
+    assert "made from other data or settings" in said[0]
+    assert prepared.manifest["sources_cut"] == 20 and not (tmp_path / "out.unfinished").exists()
+
+
+def test_the_same_rows_for_training_and_validation_are_refused(tmp_path):
+    config = config_for(tmp_path, path=write(tmp_path, "jsonl"), rows=None)
+    with pytest.raises(DataError, match=r"no train row of 'own' is left \(in validation: 20\).*name other files"):
+        prepare(config, tmp_path / "out")
+
+
+def test_a_mixture_is_read_in_the_shares_it_is_given(tmp_path):
+    sets = {}
+    for name, count in (("big", 300), ("small", 100)):
+        pq.write_table(pa.table({"text": [f"{name} text {i}" for i in range(count)]}), tmp_path / f"{name}.parquet")
+        sets[name] = {"format": "parquet", "train": str(tmp_path / f"{name}.parquet")}
+    base = config_for(tmp_path, "parquet")
+    sets["own"] = vars(base.data.datasets["own"]) | {"kinds": []}
+
+    def shards(mixture):
+        config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": sets, "mixture": mixture}})
+        found = prepare(config, tmp_path / "out").shards("flow")
+        return {Path(s.path).name.split("-")[0]: (s.rows, s.epochs) for s in found}
+
+    assert shards({"big": {}, "small": {"epochs": 3.0}}) == {"big": (300, 1.0), "small": (100, 3.0)}
+    halves = shards({"big": {"share": 0.5}, "small": {"share": 0.5}})
+    assert halves == {"big": (300, 1.0), "small": (100, pytest.approx(3.0))}
+
+
+@pytest.mark.parametrize("ending, opener", [("gz", "gzip"), ("bz2", "bz2")])
+def test_compressed_text_is_read(tmp_path, ending, opener):
+    import importlib
+
+    with importlib.import_module(opener).open(tmp_path / f"corpus.txt.{ending}", "wt") as out:
+        out.write("one two\nthree four\n")
+    base = config_for(tmp_path)
+    sets = {"own": vars(base.data.datasets["own"]) | {"kinds": []}}
+    sets["plain"] = {"format": "text", "train": str(tmp_path / f"corpus.txt.{ending}")}
+    config = from_dict(RunConfig, {"data": {"dataset": "own", "corpus": "plain", "datasets": sets}})
+    assert windows_of(prepare(config, tmp_path / "out")) == ["one two", "three four"]

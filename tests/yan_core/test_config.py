@@ -116,7 +116,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_offered(values: dict[str, Any
         ({"log_every_s": True}, r"^log_every_s must be of type float, got True"),
         ({"log_every_s": "1e-3"}, r"^log_every_s must be of type float, got '1e-3'"),
         ({"name": 3}, r"^name must be of type str, got 3"),
-        ({"data": {"shuffle": 1}}, r"^data\.shuffle must be of type bool, got 1"),
+        ({"tokenizer": {"lowercase": 1}}, r"^tokenizer\.lowercase must be of type bool, got 1"),
         ({"model": 3}, r"^model must be a mapping of settings, got int"),
         ({"model": None}, r"^model must be a mapping of settings, got NoneType"),
         ({"model": {"expert_scope": "word"}}, r"^model\.expert_scope must be one of 'token', .*got 'word'"),

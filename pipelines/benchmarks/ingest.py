@@ -1,0 +1,175 @@
+"""Tokens a second from Parquet text to Parquet token ids, against the tokenizer alone on the same cores.
+
+    python -m pipelines.benchmarks.ingest --megabytes 200
+
+The corpus is made up: words of a Zipf distribution, in sentences. The bare tokenizer gets the same texts from memory,
+a thousand at a time, and nothing is done with what it gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.benchmarks.machine import RESULTS
+from yan_core.files import code_commit
+
+TEXT_BYTES = 2000
+"""About the length of a text."""
+
+
+def words(seed: int, count: int = 20_000) -> np.ndarray:
+    """Made-up words of 2 to 10 letters."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlcumwfgypbvkjxqz"))
+    weights = 1 / np.arange(1, len(letters) + 1)
+    lengths = rng.integers(2, 11, count)
+    return np.array(["".join(rng.choice(letters, n, p=weights / weights.sum())) for n in lengths], object)
+
+
+def texts(megabytes: float, seed: int = 0) -> Iterator[list[str]]:
+    """Texts of about that size in all, some at a time."""
+    vocabulary, rng = words(seed), np.random.default_rng(seed)
+    weights = 1 / np.arange(1, len(vocabulary) + 1)
+    weights /= weights.sum()
+    left = megabytes * 1e6
+    while left > 0:
+        drawn = vocabulary[rng.choice(len(vocabulary), (256, TEXT_BYTES // 6), p=weights)]
+        batch = [" ".join(row).capitalize() + "." for row in drawn]
+        left -= sum(map(len, batch))
+        yield batch
+
+
+def write_corpus(folder: Path, megabytes: float, files: int) -> None:
+    """Write it to so many Parquet files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        with pq.ParquetWriter(folder / f"{i:04d}.parquet", pa.schema([("text", pa.string())])) as out:
+            for batch in texts(megabytes / files, seed=i):
+                out.write_table(pa.table({"text": batch}))
+
+
+class PeakMemory:
+    """Most memory of this process and all below it, shared memory apart, while the block runs."""
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_bytes, self.stopped = 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        here = psutil.Process()
+        while not self.stopped.wait(0.5):
+            total = 0
+            for process in [here, *here.children(recursive=True)]:
+                try:
+                    memory = process.memory_info()
+                    total += memory.rss - memory.shared
+                except psutil.Error:
+                    continue
+            self.peak_bytes = max(self.peak_bytes, total)
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+
+def bare(corpus: Path, tokenizer: str) -> float:
+    """Tokens a second of the tokenizer alone, with all cores."""
+    from pipelines.sources import ROWS_AT_ONCE
+    from yan_core.tokenization import Tokenizer
+
+    backend = Tokenizer.from_json(tokenizer).backend
+    read = [t for f in sorted(corpus.glob("*.parquet")) for t in pq.read_table(f).column("text").to_pylist()]
+    backend.encode_batch_fast(read[:ROWS_AT_ONCE], add_special_tokens=False)
+    started, tokens = time.perf_counter(), 0
+    for start in range(0, len(read), ROWS_AT_ONCE):
+        found = backend.encode_batch_fast(read[start : start + ROWS_AT_ONCE], add_special_tokens=False)
+        tokens += sum(len(encoding) for encoding in found)
+    return tokens / (time.perf_counter() - started)
+
+
+def ingest(corpus: Path, tokenizer: str, folder: Path) -> tuple[float, int]:
+    """Tokens a second of `yan prepare`'s tasks, from Parquet to Parquet, and the peak memory of all processes."""
+    from pipelines.encode import Encode
+    from pipelines.prepare import do_pieces
+    from pipelines.sources import open_source
+    from yan_core.config import DataConfig, DatasetConfig
+
+    data = DataConfig(
+        datasets={"corpus": DatasetConfig(train=str(corpus))}, corpus="corpus", window_tokens=256, rows_per_shard=65_536
+    )
+    source = open_source(data, "corpus", "train", seed=0)
+    job = Encode(source, "corpus", None, data, tokenizer, folder.resolve(), np.zeros(0, np.uint64))
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        (records,) = do_pieces([job], [len(source.pieces)], 1, lambda line: print(line, flush=True), 5.0)
+        seconds = time.perf_counter() - started
+    return sum(r["tokens"] for r in records) / seconds, memory.peak_bytes
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmark, print its figures and write them to results/."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.benchmarks.ingest", description=__doc__)
+    parser.add_argument("--megabytes", type=float, default=200.0, help="size of the corpus")
+    parser.add_argument("--files", type=int, default=8, help="files of the corpus")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="of the byte-pair encoding")
+    parser.add_argument("--folder", type=Path, help="where the corpus and the shards go; default: a temporary folder")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder whose ingest.jsonl gets a line")
+    chosen = parser.parse_args(args)
+
+    from pipelines.cluster import ray_session
+    from yan_core.config import TokenizerConfig
+    from yan_core.tokenization import Tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        root = chosen.folder or Path(scratch)
+        corpus = root / "corpus"
+        write_corpus(corpus, chosen.megabytes, chosen.files)
+        sample = (text for batch in texts(4.0) for text in batch)
+        tokenizer = Tokenizer.train(sample, TokenizerConfig(kind="bpe", vocab_size=chosen.vocab_size)).to_json()
+        cores = os.cpu_count() or 1
+        with ray_session(1, 1):
+            warm, _ = ingest(corpus, tokenizer, root / "warm")  # processes and their imports
+            rate, peak = ingest(corpus, tokenizer, root / "shards")
+        alone = bare(corpus, tokenizer)
+    report: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": code_commit(),
+        "cores": cores,
+        "megabytes": chosen.megabytes,
+        "files": chosen.files,
+        "vocab_size": chosen.vocab_size,
+        "tokens_per_s": rate,
+        "tokens_per_s_cold": warm,
+        "tokens_per_s_bare": alone,
+        "ratio": rate / alone,
+        "peak_bytes_beyond_object_store": peak,
+    }
+    print(f"bare tokenizer {alone / 1e6:.2f}M tok/s, yan prepare {rate / 1e6:.2f}M tok/s: {rate / alone:.2f} of it")
+    print(f"peak memory beyond the object store: {peak / 2**30:.2f} GiB for {chosen.megabytes:g} MB of text")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    with (chosen.results / "ingest.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
