@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 def quiet_ray() -> None:
@@ -75,11 +77,17 @@ class ProgressBoard:
 @contextmanager
 def progress_lines(interval_s: float = 1.0) -> Iterator[Any]:
     """A `ProgressBoard` whose lines appear on this terminal, without Ray's actor prefixes."""
-    board: Any = ProgressBoard.remote()  # type: ignore[attr-defined]  # Ray adds `remote`
+    # On the driver's own node: another one may be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # by Ray
     stopped = threading.Event()
 
     def show() -> None:
-        for line in ray.get(board.take.remote()):
+        try:
+            lines = ray.get(board.take.remote())
+        except ray.exceptions.RayActorError:  # lines are a courtesy; training goes on without them
+            return
+        for line in lines:
             print(line, flush=True)
 
     def watch() -> None:

@@ -157,12 +157,11 @@ class ShardWriter:
         return self.files
 
 
-def lists(rows: list[list[int]]) -> pa.ListArray:
-    """Rows of token ids as one array; through NumPy, which is twice as fast as Arrow's own way from nested lists."""
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.fromiter((i for row in rows for i in row), np.int32, int(offsets[-1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+def lists(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Stretches of an array of token ids as an array of lists."""
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[places]))
 
 
 @dataclass(frozen=True)
@@ -263,11 +262,15 @@ class Encode:
 
     def _write_windows(self, texts: list[str], record: Record, writer: Callable[[str, str], ShardWriter]) -> None:
         size = self.data.window_tokens
-        encodings = _tokenizer(self.tokenizer).encode_batch(texts)
-        windows = [e.ids[i : i + size] for e in encodings for i in range(0, len(e.ids), size)]
-        record.tokens += sum(map(len, windows))
-        if windows:
-            writer("flow", "flow").add(pa.table({"target": lists(windows)}, SCHEMAS["flow"]))
+        values, offsets = _tokenizer(self.tokenizer).encode_arrays(texts)
+        lengths = np.diff(offsets)
+        counts = -(-lengths // size)  # windows of each text
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        starts = np.repeat(offsets[:-1], counts) + within * size
+        record.tokens += len(values)
+        if len(starts):
+            windows = lists(values, starts, np.minimum(size, np.repeat(offsets[1:], counts) - starts))
+            writer("flow", "flow").add(pa.table({"target": windows}, SCHEMAS["flow"]))
 
     def _unwanted(self, text: str, row: dict[str, Any]) -> str:
         """Why a text is left out, or empty."""
@@ -334,24 +337,29 @@ class Encode:
     ) -> list[dict[str, Any]]:
         """Encode pairs and write them; gives the rows whose target is too long."""
         assert self.task is not None
-        tokenizer, limit = _tokenizer(self.tokenizer), self.data.max_target_tokens
-        sources = tokenizer.encode_batch([e[3] for e in entries], self.data.max_source_tokens, self.task.keep)
-        targets = tokenizer.encode_batch([e[4] for e in entries])
-        bad, kept = [], []
-        for i, (entry, target) in enumerate(zip(entries, targets, strict=True)):
-            if len(target.ids) <= limit:
-                kept.append(i)
-            else:
-                reason = f"target has {len(target.ids)} tokens, data.max_target_tokens={limit}"
-                bad.append({"row_number": entry[0], "reason": reason, "row": entry[1]})
-        record.cut_rows += sum(sources[i].num_cut > 0 for i in kept)
-        record.cut_tokens += sum(sources[i].num_cut for i in kept)
-        record.tokens += sum(len(sources[i].ids) + len(targets[i].ids) for i in kept)
-        if kept:
-            columns = {"source": lists([sources[i].ids for i in kept]), "target": lists([targets[i].ids for i in kept])}
-            writer("finetune", "finetune").add(pa.table(columns, SCHEMAS["finetune"]))
-            if not self.data.corpus and not self.data.mixture and self.source.dataset.format != "world":
-                self._write_windows([entries[i][3] for i in kept], record, writer)
+        tokenizer, limit, longest = _tokenizer(self.tokenizer), self.data.max_target_tokens, self.data.max_source_tokens
+        sources, source_offsets = tokenizer.encode_arrays([e[3] for e in entries])
+        targets, target_offsets = tokenizer.encode_arrays([e[4] for e in entries])
+        target_lengths, cut = np.diff(target_offsets), np.maximum(0, np.diff(source_offsets) - longest)
+        fits = target_lengths <= limit
+        bad = []
+        for i in np.flatnonzero(~fits).tolist():
+            reason = f"target has {target_lengths[i]} tokens, data.max_target_tokens={limit}"
+            bad.append({"row_number": entries[i][0], "reason": reason, "row": entries[i][1]})
+        if not fits.any():
+            return bad
+        starts, cut = (source_offsets[:-1] + (cut if self.task.keep == "end" else 0))[fits], cut[fits]
+        lengths = np.diff(source_offsets)[fits] - cut
+        record.cut_rows += int((cut > 0).sum())
+        record.cut_tokens += int(cut.sum())
+        record.tokens += int(lengths.sum() + target_lengths[fits].sum())
+        columns = {
+            "source": lists(sources, starts, lengths),
+            "target": lists(targets, target_offsets[:-1][fits], target_lengths[fits]),
+        }
+        writer("finetune", "finetune").add(pa.table(columns, SCHEMAS["finetune"]))
+        if not self.data.corpus and not self.data.mixture and self.source.dataset.format != "world":
+            self._write_windows([entries[i][3] for i in np.flatnonzero(fits)], record, writer)
         return bad
 
 

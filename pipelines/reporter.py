@@ -73,7 +73,7 @@ class Reporter:
         own = [*self.sums.values(), *(torch.tensor(float(v)) for v in (self.places, self.real, self.wait_s))]
         device = next(iter(self.sums.values())).device
         *sums, places, real, wait_s = total(torch.stack([v.float().to(device) for v in own])).tolist()
-        workers = num_workers()
+        workers, steps = num_workers(), self.steps
         means = {name: value / (workers * self.steps) for name, value in zip(self.sums, sums, strict=True)}
         stage, step, rate = self.state.job.stage, self.state.step, places / elapsed
         wait, padding = wait_s / (workers * elapsed), 1 - real / places
@@ -90,6 +90,7 @@ class Reporter:
             named |= {f"{stage}/train/lr": lr, f"{stage}/train/skipped_steps": float(self.skipped)}
             perf = {
                 "tokens_per_s": rate,
+                "step_ms": 1000 * elapsed / steps,
                 "data_wait_share": wait,
                 "padding_share": padding,
                 "memory_bytes": _memory(device),

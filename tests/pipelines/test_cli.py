@@ -111,5 +111,5 @@ def test_a_broken_line_of_jsonl_is_named_on_one_screen(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert "row 4 of rows.jsonl: no JSON" in done.stderr
+    assert "row 4 of ./rows.jsonl: no JSON" in done.stderr
     assert len((done.stdout + done.stderr).splitlines()) < 5

@@ -1,0 +1,26 @@
+"""The ingest benchmark: its corpus, and one small run."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.benchmarks import ingest
+
+
+def test_the_corpus_has_the_size_it_is_told_and_is_the_same_each_time(tmp_path):
+    for name in ("one", "two"):
+        ingest.write_corpus(tmp_path / name, megabytes=2.0, files=2)
+    one, two = (pq.read_table(tmp_path / name).column("text").to_pylist() for name in ("one", "two"))
+    assert one == two and len(set(one)) == len(one)
+    assert sum(map(len, one)) == pytest.approx(2e6, rel=0.6)
+
+
+@pytest.mark.ray
+def test_the_benchmark_reports_its_ratio(tmp_path):
+    options = ["--megabytes", "1", "--files", "2", "--vocab-size", "300", "--results", str(tmp_path)]
+    assert ingest.main([*options, "--json", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["ratio"] == pytest.approx(report["tokens_per_s"] / report["tokens_per_s_bare"])
+    assert report["tokens_per_s"] > 1000 and report["peak_bytes_beyond_object_store"] > 1e7
+    assert json.loads((tmp_path / "ingest.jsonl").read_text()) == report
