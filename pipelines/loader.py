@@ -79,13 +79,14 @@ class StageBatches:
     def _batch(self, stage: str, rows: dict[str, np.ndarray], groups: int) -> Batch:
         config = self.config
         keys = row_keys(config.seed, rows["epoch"], rows["row"])
+        sources, targets = list(rows["source"]), list(rows["target"])
         if stage == "autoencoder":
-            return autoencoder_batch(rows["target"], keys, config.autoencoder_loss, groups)
+            return autoencoder_batch(targets, keys, config.autoencoder_loss, groups)
         fill = config.model.length == "fill"
         if stage == "flow":
-            return infilling_batch(rows["target"], keys, config.flow_loss, fill, groups)
+            return infilling_batch(targets, keys, config.flow_loss, fill, groups)
         longest = config.data.max_target_tokens
-        return task_batch(rows["source"], rows["target"], keys, config.flow_loss, longest, fill)
+        return task_batch(sources, targets, keys, config.flow_loss, longest, fill)
 
 
 def _columns(block: pa.Table) -> dict[str, np.ndarray]:

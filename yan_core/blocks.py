@@ -175,7 +175,8 @@ class RowDropout(nn.Module):
             return x
         if draws is None:
             raise ValueError("dropout in training needs the rows' keys: give `draws`, or call eval() on the model")
-        return x * draws.kept((x.shape[1], x.shape[2]), self.share) / (1 - self.share)
+        kept = draws.kept((x.shape[1], x.shape[2]), self.share)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.share))
 
 
 def _place(draws: RowDraws | None, number: int) -> RowDraws | None:

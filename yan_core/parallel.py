@@ -22,14 +22,14 @@ class _Total(torch.autograd.Function):
     """A sum over the workers, each of which goes on to use it: so their gradients add up too."""
 
     @staticmethod
-    def forward(_: Any, values: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor) -> Tensor:
         values = values.contiguous().clone()
         dist.all_reduce(values)
         return values
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        gradient = grad_outputs[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
 

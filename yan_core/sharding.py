@@ -33,7 +33,7 @@ def shard(objective: Objective) -> None:
 def full_copy(value: T) -> T:
     """Nested dictionaries and lists, every tensor copied to the CPU, whole; with shards, every worker must call it."""
     if isinstance(value, DTensor):
-        return cast(T, value.detach().full_tensor().cpu())
+        return cast(T, value.full_tensor().detach().cpu())
     if isinstance(value, Tensor):
         return cast(T, value.detach().to("cpu", copy=True))
     if isinstance(value, dict):
