@@ -24,6 +24,7 @@ import torch
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
+from pipelines.pictures import draw_paths, draw_usage, follow, straightness
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset, locate
 from pipelines.state import StageJob
@@ -299,6 +300,10 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     middle = quality[len(quality) // 2]
     tracker.table([{**e, "num_steps": str(middle.num_steps)} for e in middle.examples], "examples.json")
     tracker.quality_picture({q.num_steps: q.value for q in quality}, middle.metric, config.name)
+    journey = follow(model, rows[:64])
+    tracker.figure(draw_usage(journey), "experts_by_position.png")
+    tracker.figure(draw_paths(journey), "paths.png")
+    tracker.metrics({"eval/straightness": straightness(journey)}, step=0)
     return quality
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import mlflow
+from matplotlib.figure import Figure
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
@@ -132,15 +133,17 @@ class Tracker:
 
     def quality_picture(self, quality: Mapping[int, float], metric: str, title: str) -> None:
         """Store the picture of quality against solver steps."""
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        axes = figure.subplots()
         axes.plot(list(quality), list(quality.values()), marker="o")
         axes.set(xlabel="solver steps = forward passes", ylabel=metric.replace("_", " "), title=title, ylim=(0, 1.02))
         axes.set_xticks(list(quality))
         axes.grid(alpha=0.3)
-        self.client.log_figure(self.run_id, figure, "quality_by_steps.png")
-        pyplot.close(figure)
+        self.figure(figure, "quality_by_steps.png")
+
+    def figure(self, figure: Figure, file: str) -> None:
+        """Store a picture."""
+        self.client.log_figure(self.run_id, figure, file)
 
     def register(self, model_folder: Path, name: str, alias: str) -> str:
         """Log the model as a pyfunc from code and safetensors, register it and point the alias at it.

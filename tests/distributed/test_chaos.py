@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from yan_core.config import RunConfig, from_dict, to_dict
 
-pytestmark = [pytest.mark.soak, pytest.mark.cluster, pytest.mark.distributed]
+pytestmark = [pytest.mark.soak, pytest.mark.cluster, pytest.mark.distributed, pytest.mark.timeout(3600)]
 
 STEPS = {"autoencoder": 100, "flow": 100, "finetune": 200}
 NODE = {"num_cpus": 3, "object_store_memory": 200 * 2**20}

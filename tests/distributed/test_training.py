@@ -88,9 +88,8 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     )
     assert any(name.startswith("system/") for name in run.data.metrics)
     client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
-    assert {"config.json", "examples.json", "quality_by_steps.png"} <= {
-        f.path for f in client.list_artifacts(run.info.run_id)
-    }
+    pictures = {"quality_by_steps.png", "experts_by_position.png", "paths.png"}
+    assert {"config.json", "examples.json", *pictures} <= {f.path for f in client.list_artifacts(run.info.run_id)}
     # Steps that were done again after a restart gave the same losses, and so did every step in between.
     losses: dict[int, list[float]] = {}
     for metric in client.get_metric_history(run.info.run_id, "finetune/train/loss"):
