@@ -232,12 +232,19 @@ def _demo(args: list[str]) -> int:
     return geometry(args[1:])
 
 
+def _plan(args: list[str]) -> int:
+    from pipelines.plan import main as plan
+
+    return plan(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
     "prepare": ("read, tokenise and write the data of a run", _prepare),
     "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
     "serve": ("serve a model over HTTP", _serve),
+    "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),
     "config": ("print the resolved config", _config),
     "demo": ("small experiments that show one idea: `yan demo geometry`", _demo),
     "quickstart": ("the main job end to end on the built-in world", _quickstart),

@@ -13,13 +13,6 @@ from yan_core.config import RunConfig, from_dict  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes that share the tests (`make test`), one takes all that start a Ray, one after the other."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict:
     """Settings of a run of seconds on the built-in world; add `runs_dir`."""

@@ -29,7 +29,7 @@ MODEL = {"d_model": 160, "num_heads": 5, "decoder_blocks": 1, "flow_blocks": 3, 
 """That of size_5m.yaml."""
 
 
-def run_config(folder: Path, steps: int, batch_size: int, name: str) -> RunConfig:
+def run_config(folder: Path, steps: int, batch_size: int, name: str, workers: int = 1) -> RunConfig:
     """A fine-tune of that many steps from fresh weights."""
     settings = {
         "name": name,
@@ -42,7 +42,7 @@ def run_config(folder: Path, steps: int, batch_size: int, name: str) -> RunConfi
             "flow": {"max_steps": 0},
             "finetune": {"max_steps": steps, "batch_size": batch_size},
         },
-        "scaling": {"num_workers": 1},
+        "scaling": {"num_workers": workers},
     }
     return from_dict(RunConfig, settings)
 

@@ -1,0 +1,115 @@
+"""The model of a training's cost: against counted operations, limits that are known, and a played training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.cli import main
+from pipelines.plan import (
+    HARDWARE,
+    Job,
+    checkpoint_interval,
+    communicate_s,
+    lost_share,
+    make_plan,
+    num_parameters,
+    row_flops,
+    simulate,
+)
+from tests.yan_core.tiny import random_rows
+from yan_core.batching import task_batch
+from yan_core.config import EncoderConfig, FlowLossConfig, ModelConfig
+from yan_core.loss import Objective
+from yan_core.model import build_model
+from yan_core.training import freeze_all_but
+
+MODEL = ModelConfig(d_model=64, num_heads=4, num_experts=4, flow_blocks=3, target_encoder=EncoderConfig(num_blocks=1))
+JOB = Job(MODEL, 300, 40, 24, 64, 3.0, 1e9, 8)
+H200 = HARDWARE["h200"]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"num_experts": 8, "top_k": 2}, {"cross_attention_every": 2}, {"flow_blocks": 1}]
+)
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_operations_are_those_that_pytorch_counts(change, num_steps):
+    job = replace(JOB, model=replace(MODEL, **change), solver_steps=float(num_steps))
+    model = build_model(job.model, job.vocab_size, 0)
+    freeze_all_but(model, ("source_encoder", "flow"))
+    rows, loss = 3, FlowLossConfig()
+    sources, targets = random_rows([job.source_tokens] * rows), random_rows([job.target_tokens] * rows)
+    batch = task_batch(sources, targets, torch.arange(rows), loss, job.target_tokens)
+    with FlopCounterMode(display=False) as counter:
+        total, _ = Objective(model, loss)(batch, num_steps)
+        forward = counter.get_total_flops()
+        total.backward()
+    expected_forward, expected_backward = row_flops(job)
+    assert forward / rows == pytest.approx(expected_forward, rel=0.06)
+    assert (counter.get_total_flops() - forward) / rows == pytest.approx(expected_backward, rel=0.06)
+
+
+def test_parameters_are_those_of_the_model():
+    model = build_model(MODEL, 300, 0)
+    everything, learning = num_parameters(JOB)
+    assert everything == model.num_parameters()
+    freeze_all_but(model, ("source_encoder", "flow"))
+    assert learning == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_one_worker_waits_for_nobody_and_many_share_the_work():
+    assert communicate_s(replace(JOB, num_workers=1), H200, 1e8, 1e8) == 0
+    fast = replace(H200, node_bytes_per_s=1e30, network_bytes_per_s=1e30, latency_s=0.0, tokens_per_core_s=1e30)
+    alone, eight = (make_plan(replace(JOB, num_workers=n), fast) for n in (1, 8))
+    assert alone.step_s == pytest.approx(8 * eight.step_s) and alone.bottleneck == "computing"
+    assert eight.steps == alone.steps == 1e9 / (64 * 24)
+
+
+def test_the_bottleneck_is_named():
+    assert make_plan(JOB, replace(H200, tokens_per_core_s=1.0)).bottleneck == "reading data"
+    assert make_plan(JOB, replace(H200, node_bytes_per_s=1.0)).bottleneck == "the network"
+    assert make_plan(JOB, replace(H200, flops_per_s=1e6)).bottleneck == "computing"
+
+
+def test_sharding_needs_less_memory_and_moves_more():
+    ddp, fsdp = (make_plan(replace(JOB, strategy=s), H200) for s in ("ddp", "fsdp"))
+    assert fsdp.memory_bytes == pytest.approx(ddp.memory_bytes / 8)
+    assert fsdp.communicate_s > ddp.communicate_s
+    assert not make_plan(JOB, replace(H200, memory_bytes=1e6)).fits
+
+
+def test_the_interval_is_the_one_that_loses_least():
+    wait, mean, restart = 20.0, 4 * 3600.0, 100.0
+    chosen = checkpoint_interval(wait, mean)
+    best = lost_share(chosen, wait, 0.0, restart, mean)
+    for factor in (0.5, 0.8, 1.25, 2.0):
+        assert lost_share(factor * chosen, wait, 0.0, restart, mean) > best - 1e-4
+    assert chosen == pytest.approx((2 * wait * mean) ** 0.5, rel=0.1)
+
+
+def test_a_played_training_takes_what_the_formula_says():
+    """On average over many: a training of 100 hours with a failure every five."""
+    hardware = replace(H200, failure_hours=40.0, restart_s=600.0, storage_bytes_per_s=1e5, copy_bytes_per_s=5e4)
+    plan = make_plan(JOB, replace(hardware, flops_per_s=1e9))
+    plan = replace(plan, steps=100 * 3600 / plan.step_s)
+    useful = plan.steps * plan.step_s / 3600
+    assert useful == pytest.approx(100) and 0.05 < plan.overhead < 0.4
+    played = [simulate(plan, hardware, JOB.num_workers, seed)[0] for seed in range(40)]
+    assert sum(played) / len(played) == pytest.approx(useful / (1 - plan.overhead), rel=0.06)
+
+
+def test_without_failures_only_checkpoints_cost():
+    hardware = replace(H200, failure_hours=1e12)
+    plan = replace(make_plan(JOB, hardware), checkpoint_every_s=100.0, checkpoint_wait_s=1.0, steps=1000.0, step_s=1.0)
+    hours, failures = simulate(plan, hardware, 8)
+    assert failures == 0 and hours * 3600 == pytest.approx(1010)
+
+
+def test_the_command_prints_a_table(capsys):
+    config = "pipelines/configs/size_200m.yaml"
+    assert main(["plan", "--config", config, "--gpus", "8", "512", "--tokens", "1e12", "--rows-per-gpu", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "8 workers" in out and "512 workers" in out and "bottleneck" in out and "checkpoint every" in out
+    assert main(["plan", "--config", config, "--gpus", "0", "--tokens", "1"]) == 2
+    assert "--gpus and --tokens must be above 0" in capsys.readouterr().err
