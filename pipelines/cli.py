@@ -232,6 +232,12 @@ def _demo(args: list[str]) -> int:
     return geometry(args[1:])
 
 
+def _tune(args: list[str]) -> int:
+    from pipelines.tune import main as tune
+
+    return tune(args)
+
+
 def _plan(args: list[str]) -> int:
     from pipelines.plan import main as plan
 
@@ -244,6 +250,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
     "serve": ("serve a model over HTTP", _serve),
+    "tune": ("search settings with Ray Tune; each trial is a run in MLflow", _tune),
     "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),
     "config": ("print the resolved config", _config),
     "demo": ("small experiments that show one idea: `yan demo geometry`", _demo),

@@ -89,7 +89,7 @@ def draw_usage(journey: Journey) -> Figure:
         axes.bar(np.arange(shares.shape[1]), share, bottom=bottom, label=f"expert {expert}")
         bottom += share
     axes.set(xlabel="token", ylabel="share of answers", title="Which expert writes where", ylim=(0, 1))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -305,7 +305,7 @@ def _in_s(name: str) -> bool:
 
 def main(args: Sequence[str]) -> int:
     """`yan plan`."""
-    parser = argparse.ArgumentParser(prog="yan plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="yan plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML of the run")
     parser.add_argument("--gpus", type=int, nargs="+", required=True, metavar="N", help="workers; several are compared")
     parser.add_argument("--tokens", type=float, required=True, help="target tokens in all, such as 1e12")

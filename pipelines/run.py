@@ -246,6 +246,21 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     return prepared
 
 
+def record_data(config: RunConfig, prepared: Prepared, tracker: Tracker) -> None:
+    """What was prepared, and what was left out and why, in MLflow."""
+    manifest = prepared.manifest
+    counts = {f"data/rows/{part}": rows for part, rows in manifest["rows"].items()}
+    counts |= {f"data/dropped/{reason}": rows for reason, rows in manifest["dropped"].items()}
+    counts |= {f"data/bad_rows/{split}": rows for split, rows in manifest["bad_rows"].items()}
+    counts |= {"data/tokens": manifest["tokens"], "data/unreadable_files": manifest["unreadable_files"]}
+    tracker.metrics(counts, step=0)
+    sums = "".join(file["sha256"] for file in manifest["files"].values())
+    for name in (config.data.dataset, *corpora_of(config.data)):
+        dataset = find_dataset(config.data, name)
+        source = dataset.path or (locate(config.data, dataset.train) if dataset.train else f"built-in {name}")
+        tracker.dataset(name, hashlib.sha256(sums.encode()).hexdigest()[:12], source, manifest["rows"])
+
+
 def train_steps(
     config: RunConfig, folder: Path, prepared: Prepared, tracker: Tracker | None, seconds: dict[str, float]
 ) -> Path:
@@ -339,7 +354,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         tracker.text(resolved, "config.json")
         tracker.params(_flat(to_dict(config)))
         tracker.tag("commit", code_commit())
-        tracker.metrics({f"data/rows/{k}": v for k, v in prepared.manifest["rows"].items()}, step=0)
+        record_data(config, prepared, tracker)
         monitor = tracker.system_metrics()
         try:
             last = train_steps(config, folder, prepared, tracker, seconds)

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 import mlflow
 from matplotlib.figure import Figure
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
@@ -93,6 +93,21 @@ class Tracker:
             experiment_id = experiment.experiment_id
         return cls(uri, client.create_run(experiment_id, run_name=config.name).info.run_id)
 
+    @classmethod
+    def child(cls, uri: str, parent: str, name: str) -> Tracker:
+        """A run below another one."""
+        client = _client(uri)
+        experiment_id = client.get_run(parent).info.experiment_id
+        run = client.create_run(experiment_id, run_name=name, tags={"mlflow.parentRunId": parent})
+        return cls(uri, run.info.run_id)
+
+    def end_children(self) -> None:
+        """Mark runs below this one that are still said to be running as killed."""
+        experiment_id = self.client.get_run(self.run_id).info.experiment_id
+        below = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([experiment_id], below):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
     def system_metrics(self) -> Any:
         """A monitor of this machine's load; call `.finish()` at the end."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -113,6 +128,19 @@ class Tracker:
         """Record metrics of a step, in one transaction: rank 0 calls this while the other workers wait."""
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Record the data of a run as MLflow's page shows them.
+
+        Args:
+            name: The data set's name.
+            digest: Short hash of what was prepared.
+            source: Where the rows come from.
+            profile: Counts.
+        """
+        text = json.dumps({"uri": source})
+        used = Dataset(name, digest, "local", text, profile=json.dumps(profile))
+        self.client.log_inputs(self.run_id, [DatasetInput(used, [InputTag("mlflow.data.context", "training")])])
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""

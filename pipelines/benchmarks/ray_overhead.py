@@ -69,38 +69,19 @@ def with_ray(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
 
 def without_ray(config: RunConfig, prepared_folder: Path, first: int, last: int) -> float:
     """Seconds of the steps after `first` up to `last`, in this process."""
-    from pipelines.loader import StageBatches, ahead
+    from pipelines.plain import train_plainly
     from pipelines.prepare import open_prepared
-    from pipelines.stream import ReadLane, StageStream, stage_order
-    from yan_core.loss import Objective
     from yan_core.model import build_model
-    from yan_core.training import (
-        build_optimizer,
-        draw_solver_steps,
-        freeze_all_but,
-        learning_rate,
-        set_training_mode,
-        train_step,
-    )
 
-    prepared, settings = open_prepared(prepared_folder), config.stages.finetune
-    order = stage_order(prepared, "finetune", config)
-    read = ReadLane([StageStream("finetune", order, order.pools())])
-    blocks = (read.read(number) for number in range(read.first[-1]))
-    batches = ahead(StageBatches(blocks, config).stage("finetune", 0))
+    prepared, times = open_prepared(prepared_folder), {}
     model = build_model(config.model, prepared.tokenizer.vocab_size, config.seed)
-    freeze_all_but(model, settings.trains)
-    set_training_mode(model, settings.trains)
-    objective, optimizer = Objective(model, config.flow_loss), build_optimizer(model, settings.optim)
-    started = time.perf_counter()
-    for step in range(last):
-        if step == first:
-            started = time.perf_counter()
-        batch = next(batches)
-        lr = learning_rate(step, settings.max_steps, settings.optim)
-        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, step)
-        train_step(objective, batch, optimizer, num_steps, lr, settings.optim.clip_norm)
-    return time.perf_counter() - started
+
+    def stamp(step: int, _: object) -> bool:
+        times[step] = time.perf_counter()
+        return True
+
+    train_plainly(model, config, prepared, "finetune", stamp, steps=last)
+    return times[last] - times[first]
 
 
 def main(args: Sequence[str] | None = None) -> int:

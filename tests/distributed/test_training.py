@@ -90,6 +90,8 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
     pictures = {"quality_by_steps.png", "experts_by_position.png", "paths.png"}
     assert {"config.json", "examples.json", *pictures} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"data/rows/finetune", "data/tokens", "data/bad_rows/train"} <= set(run.data.metrics)
+    assert {used.dataset.name for used in run.inputs.dataset_inputs} == {"small", "stories"}
     # Steps that were done again after a restart gave the same losses, and so did every step in between.
     losses: dict[int, list[float]] = {}
     for metric in client.get_metric_history(run.info.run_id, "finetune/train/loss"):

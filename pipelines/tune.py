@@ -1,0 +1,210 @@
+"""`yan tune`: a search over settings of a run with Ray Tune. Trials that fall behind are ended early (ASHA).
+
+The data are prepared once; each trial trains all stages in a process of its own, and is measured on validation rows
+while it fine-tunes. Source of the scheduler: Li et al. 2018, arXiv:1810.05934.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from pipelines.cli import UsageError, parse_config
+from pipelines.cluster import quiet_ray, ray_session
+from pipelines.plain import device_of, train_plainly
+from pipelines.prepare import Prepared, open_prepared
+from pipelines.run import prepare_step, run_lock, say
+from pipelines.state import model_details
+from pipelines.tracking import Tracker, check_tracking
+from pipelines.train import STAGES
+from yan_core.config import RunConfig, from_dict, to_dict, unknown_name
+from yan_core.files import write_file
+from yan_core.generator import TextGenerator
+from yan_core.metrics import METRICS
+from yan_core.model import build_model
+from yan_core.tasks import get_task
+
+KINDS = {
+    "uniform": lambda low, high: tune.uniform(float(low), float(high)),
+    "loguniform": lambda low, high: tune.loguniform(float(low), float(high)),
+    "randint": lambda low, high: tune.randint(int(low), int(high)),
+    "choice": lambda *values: tune.choice([yaml.safe_load(value) for value in values]),
+}
+"""How a setting is drawn."""
+
+
+def parse_search(texts: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """`key=kind:a,b` -> what Ray Tune draws from, by dotted key.
+
+    Raises:
+        UsageError: If one cannot be read, or names what the prepared data depend on.
+    """
+    space = {}
+    for text in texts:
+        key, _, how = text.partition("=")
+        kind, _, values = how.partition(":")
+        if kind not in KINDS or not values:
+            raise UsageError(f"--search {text!r} must be KEY=KIND:VALUES with KIND one of {', '.join(KINDS)}")
+        known = _dotted(to_dict(config))
+        if key not in known:
+            raise UsageError(unknown_name("--search", key, known))
+        if key.split(".")[0] not in ("model", "autoencoder_loss", "flow_loss", "stages"):
+            raise UsageError(f"--search {key}: only model, losses and stages can be searched; data are prepared once")
+        try:
+            space[key] = KINDS[kind](*values.split(","))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--search {text!r}: {error}") from error
+    return space
+
+
+def _dotted(values: dict[str, Any], where: str = "") -> list[str]:
+    found = []
+    for name, value in values.items():
+        key = f"{where}.{name}" if where else name
+        found += _dotted(value, key) if isinstance(value, dict) and value else [key]
+    return found
+
+
+def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The config with some settings by dotted key."""
+    values = to_dict(config)
+    for key, value in settings.items():
+        *path, name = key.split(".")
+        section = values
+        for part in path:
+            section = section[part]
+        section[name] = value
+    return from_dict(RunConfig, values)
+
+
+def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every: int, parent: tuple[str, str]) -> None:
+    """Train with some settings and report quality every so many steps of the fine-tuning."""
+    quiet_ray()
+    chosen = with_settings(from_dict(RunConfig, config), settings)
+    data = open_prepared(Path(prepared))
+    name = tune.get_context().get_trial_id()
+    tracker = Tracker.child(*parent, name)
+    tracker.params(settings)
+    model = build_model(chosen.model, data.tokenizer.vocab_size, chosen.seed).to(device_of(chosen.scaling.use_gpu))
+    generator = TextGenerator(model, data.tokenizer, model_details(chosen))
+    rows = data.validation(chosen.evaluation.max_rows)
+    status = "KILLED"  # by the scheduler, unless it comes to its end
+    try:
+        for stage in STAGES:
+            last = getattr(chosen.stages, stage).max_steps
+
+            def after(step: int, metrics: dict[str, Any], stage: str = stage, last: int = last) -> bool:
+                if stage == "finetune" and (step % every == 0 or step == last):
+                    quality = score(generator, rows, chosen)
+                    tracker.metrics({"tune/quality": quality, "tune/loss": float(metrics["loss"])}, step)
+                    tune.report({"quality": quality, "step": step})
+                return True
+
+            if last:
+                train_plainly(model, chosen, data, stage, after)
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+
+
+def score(generator: TextGenerator, rows: list[dict[str, Any]], config: RunConfig) -> float:
+    """The task's metric on rows at three solver steps."""
+    generator.model.eval()
+    size, answers = config.evaluation.batch_size, []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        found = generator.generate([r["source"] for r in part], 3, seeds=list(range(start, start + len(part))))
+        answers += [a.text for a in found]
+    references = [[generator.tokenizer.normalize(a) for a in r["answers"]] for r in rows]
+    return METRICS[get_task(config.data.task).metric](answers, references)
+
+
+def search(
+    config: RunConfig, space: dict[str, Any], folder: Path, prepared: Prepared, tracker: Tracker, chosen: Any
+) -> tune.ResultGrid:
+    """Run the trials."""
+    last = config.stages.finetune.max_steps
+    every = max(1, last // chosen.reports)
+    resources = {"CPU": config.scaling.cpus_per_worker, **({"GPU": 1} if config.scaling.use_gpu else {})}
+    fixed = tune.with_parameters(
+        trial,
+        config=to_dict(config),
+        prepared=str(prepared.folder.resolve()),
+        every=every,
+        parent=(tracker.uri, tracker.run_id),
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(fixed, resources),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="quality",
+            mode="max",
+            num_samples=chosen.trials,
+            max_concurrent_trials=chosen.at_once or None,
+            scheduler=ASHAScheduler(
+                time_attr="step", max_t=last, grace_period=every, reduction_factor=chosen.reduction
+            ),
+        ),
+        run_config=tune.RunConfig(name="trials", storage_path=str(folder.resolve()), verbose=0),
+    )
+    return tuner.fit()
+
+
+def main(args: Sequence[str]) -> int:
+    """`yan tune`."""
+    parser = argparse.ArgumentParser(prog="yan tune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument(
+        "--search",
+        action="append",
+        required=True,
+        metavar="KEY=KIND:VALUES",
+        help="what to draw, such as stages.finetune.optim.lr=loguniform:1e-4,1e-2 or model.dropout=choice:0,0.1",
+    )
+    parser.add_argument("--trials", type=int, default=16, help="how many settings are drawn")
+    parser.add_argument("--at-once", type=int, default=0, help="most trials at a time; 0: as many as fit the cluster")
+    parser.add_argument("--reports", type=int, default=8, help="how often a trial is measured, and may be ended")
+    parser.add_argument("--reduction", type=float, default=3.0, help="of so many trials one goes on at each rung")
+    chosen, overrides = parser.parse_known_args(args)
+    if min(chosen.trials, chosen.reports) < 1 or chosen.reduction <= 1:
+        raise UsageError("--trials and --reports must be >= 1 and --reduction > 1")
+    config = parse_config("tune", ["--config", chosen.config, *overrides])
+    space = parse_search(chosen.search, config)
+    check_tracking(config)
+    folder = Path(config.runs_dir) / config.name
+    with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
+        prepared = prepare_step(config, folder)
+        tracker = Tracker.start(config, None)
+        tracker.params({"search": " ".join(chosen.search), "trials": chosen.trials})
+        say(f"tune: {chosen.trials} trials; each is a run below {tracker.run_id} in MLflow")
+        try:
+            grid = search(config, space, folder / "tune", prepared, tracker, chosen)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        finally:
+            tracker.end_children()  # a trial that the scheduler ends cannot say so itself
+        results = sorted((r for r in grid if r.metrics and "quality" in r.metrics), key=lambda r: -r.metrics["quality"])
+        for result in results[:10]:
+            shown = "  ".join(f"{key}={value}" for key, value in result.config.items())
+            say(f"  quality {result.metrics['quality']:.4f} at step {result.metrics['step']:>6}  {shown}")
+        if not results:
+            tracker.finish("FAILED")
+            raise UsageError(f"no trial came to a result; the first error: {next(iter(grid.errors), 'none')}")
+        best = results[0]
+        write_file(
+            folder / "tune" / "best.json", json.dumps({"settings": best.config, "quality": best.metrics["quality"]})
+        )
+        tracker.metrics({"tune/best_quality": best.metrics["quality"]}, step=0)
+        tracker.params({f"best.{key}": value for key, value in best.config.items()})
+        tracker.finish("FINISHED")
+    options = " ".join(f"--{key} {value}" for key, value in best.config.items())
+    say(f"the best of them: yan run --config {chosen.config} {options}")
+    return 0

@@ -1,0 +1,60 @@
+"""`yan tune`: what it refuses, and a search of seconds with its trials in MLflow."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from ray import tune
+
+from pipelines.cli import UsageError, main
+from pipelines.tune import parse_search, with_settings
+from yan_core.config import RunConfig, to_dict
+
+
+def test_settings_are_put_where_their_keys_say():
+    config = with_settings(RunConfig(), {"stages.finetune.optim.lr": 0.5, "model.dropout": 0.25})
+    assert config.stages.finetune.optim.lr == 0.5 and config.model.dropout == 0.25
+    assert config.stages.flow == RunConfig().stages.flow
+
+
+def test_a_search_is_read():
+    space = parse_search(["stages.flow.optim.lr=loguniform:1e-4,1e-2", "model.num_experts=choice:1,4"], RunConfig())
+    assert set(space) == {"stages.flow.optim.lr", "model.num_experts"}
+    assert space["model.num_experts"].categories == [1, 4]
+    assert isinstance(space["stages.flow.optim.lr"], tune.search.sample.Float)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model.dropout", "must be KEY=KIND:VALUES"),
+        ("model.dropout=gaussian:0,1", "with KIND one of uniform, loguniform"),
+        ("model.dropuot=uniform:0,1", "did you mean 'model.dropout'"),
+        ("data.window_tokens=randint:8,64", "only model, losses and stages can be searched"),
+        ("model.dropout=uniform:0", "missing 1 required positional argument"),
+    ],
+)
+def test_a_search_that_cannot_be_read_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_search([text], RunConfig())
+
+
+@pytest.mark.ray
+def test_trials_are_runs_below_one_run_and_the_best_is_named(tiny_config, tmp_path, capfd):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(tiny_config)))
+    options = ["--search", "stages.finetune.optim.lr=choice:1e-3,1e-2", "--trials", "3", "--reports", "2"]
+    assert main(["tune", "--config", str(file), *options]) == 0
+    best = json.loads((Path(tiny_config.runs_dir) / "tiny" / "tune" / "best.json").read_text())
+    assert f"--stages.finetune.optim.lr {best['settings']['stages.finetune.optim.lr']}" in capfd.readouterr().out
+    client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("yan").experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    trials = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(trials) == 3 and parent.info.status == "FINISHED"
+    assert {r.info.status for r in trials} <= {"FINISHED", "KILLED"}
+    qualities = [r.data.metrics["tune/quality"] for r in trials]
+    assert best["quality"] == parent.data.metrics["tune/best_quality"] <= 1 and max(qualities) >= best["quality"]
+    assert all(r.data.params["stages.finetune.optim.lr"] in ("0.001", "0.01") for r in trials)
