@@ -191,20 +191,23 @@ def main(args: Sequence[str]) -> int:
             raise
         finally:
             tracker.end_children()  # a trial that the scheduler ends cannot say so itself
-        results = sorted((r for r in grid if r.metrics and "quality" in r.metrics), key=lambda r: -r.metrics["quality"])
-        for result in results[:10]:
-            shown = "  ".join(f"{key}={value}" for key, value in result.config.items())
-            say(f"  quality {result.metrics['quality']:.4f} at step {result.metrics['step']:>6}  {shown}")
-        if not results:
+        found = [
+            (r.metrics["quality"], r.metrics["step"], r.config or {})
+            for r in grid
+            if r.metrics and "quality" in r.metrics
+        ]
+        if not found:
             tracker.finish("FAILED")
             raise UsageError(f"no trial came to a result; the first error: {next(iter(grid.errors), 'none')}")
-        best = results[0]
-        write_file(
-            folder / "tune" / "best.json", json.dumps({"settings": best.config, "quality": best.metrics["quality"]})
-        )
-        tracker.metrics({"tune/best_quality": best.metrics["quality"]}, step=0)
-        tracker.params({f"best.{key}": value for key, value in best.config.items()})
+        found.sort(key=lambda result: -result[0])
+        for quality, step, settings in found[:10]:
+            shown = "  ".join(f"{key}={value}" for key, value in settings.items())
+            say(f"  quality {quality:.4f} at step {step:>6}  {shown}")
+        quality, _, best = found[0]
+        write_file(folder / "tune" / "best.json", json.dumps({"settings": best, "quality": quality}))
+        tracker.metrics({"tune/best_quality": quality}, step=0)
+        tracker.params({f"best.{key}": value for key, value in best.items()})
         tracker.finish("FINISHED")
-    options = " ".join(f"--{key} {value}" for key, value in best.config.items())
+    options = " ".join(f"--{key} {value}" for key, value in best.items())
     say(f"the best of them: yan run --config {chosen.config} {options}")
     return 0
