@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
@@ -31,11 +30,20 @@ from yan_core.metrics import METRICS
 from yan_core.model import build_model
 from yan_core.tasks import get_task
 
+
+def _value(text: str) -> Any:
+    """What a text means in JSON, where 1e-2 is a number as it is not in YAML; else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 KINDS = {
     "uniform": lambda low, high: tune.uniform(float(low), float(high)),
     "loguniform": lambda low, high: tune.loguniform(float(low), float(high)),
     "randint": lambda low, high: tune.randint(int(low), int(high)),
-    "choice": lambda *values: tune.choice([yaml.safe_load(value) for value in values]),
+    "choice": lambda *values: tune.choice([_value(value) for value in values]),
 }
 """How a setting is drawn."""
 

@@ -472,8 +472,9 @@ class DataConfig:
     bad_rows_allowed: float = 0.0
     """Share of rows, and of files, that may be unusable (null, wrong type, target too long, unreadable); they are
     counted and set aside."""
-    pool_batches: int = 32
-    """Batches whose rows are sorted by length together: more means less padding, and batches that are less mixed."""
+    pool_batches: int = 8
+    """Batches whose rows are sorted by length together: more means less padding, and batches that are less mixed, which
+    costs quality (EXPERIMENTS, 2026-11-24)."""
     lanes: int = 8
     """Parts that each pool, and each batch, is made of, whatever the number of workers; a worker takes one or several.
     The batches depend on it, so set it to the most workers there may ever be. A batch that it does not divide has as

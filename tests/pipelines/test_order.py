@@ -27,8 +27,8 @@ def line(order, start, stop):
     ]
 
 
-def order_of(data=None, **settings):
-    return StageOrder(RowOrder(SHARDS, seed=3), StageConfig(**settings), data or DataConfig())
+def order_of(**settings):
+    return StageOrder(RowOrder(SHARDS, seed=3), StageConfig(**settings), DataConfig(pool_batches=32))
 
 
 def test_every_epoch_holds_each_row_once_in_an_order_of_its_own():
@@ -94,7 +94,7 @@ def test_batch_number_i_is_the_ith_shortest_piece_of_a_lane():
 
 
 def test_a_pool_is_no_longer_than_an_epoch():
-    order = StageOrder(RowOrder([Shard("a", 100)], 0), StageConfig(batch_size=32), DataConfig())
+    order = StageOrder(RowOrder([Shard("a", 100)], 0), StageConfig(batch_size=32), DataConfig(pool_batches=32))
     assert order.pool_batches == 3
     assert StageOrder(RowOrder([Shard("a", 10)], 0), StageConfig(batch_size=32), DataConfig()).pool_batches == 1
 
