@@ -174,9 +174,8 @@ class Encode:
         task: Template of the rows; None: they are plain text.
         data: Lengths, cleaning.
         tokenizer: Its JSON.
-        folder: Where shards, records and the quarantine go.
+        folder: Where shards, records and the quarantine go, and where dedup.py left the duplicates' numbers.
         kept_out: Sorted keys of documents that must not be here, as those of the other split, [num] uint64.
-        duplicates: File of the numbers of a piece's rows that are duplicates, by piece; see dedup.py.
         threads: Threads of the tokenizer.
     """
 

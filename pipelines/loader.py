@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,33 +107,13 @@ def open_blocks(shard: Any) -> Iterator[pa.Table]:
 
 
 def ahead(batches: Iterator[T], depth: int = 4) -> Iterator[T]:
-    """The same, made by a thread of its own up to `depth` batches ahead of their use."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    stop, end = threading.Event(), object()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(end)
-        except BaseException as error:  # handed to the reader as it is
-            put(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    """The same, made by a thread of its own up to `depth` batches ahead of their use; an error comes in its place."""
+    end: Any = object()
+    maker = ThreadPoolExecutor(1)
     try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ready = deque(maker.submit(next, batches, end) for _ in range(depth))
+        while (batch := ready.popleft().result()) is not end:
+            ready.append(maker.submit(next, batches, end))
+            yield batch
     finally:
-        stop.set()
+        maker.shutdown(wait=False, cancel_futures=True)

@@ -165,6 +165,28 @@ def search(
     return tuner.fit()
 
 
+def record_best(grid: tune.ResultGrid, file: Path, tracker: Tracker) -> dict[str, Any]:
+    """Show the ten best trials and record the best one; gives its settings.
+
+    Raises:
+        UsageError: If no trial came to a result.
+    """
+    found = [
+        (r.metrics["quality"], r.metrics["step"], r.config or {}) for r in grid if r.metrics and "quality" in r.metrics
+    ]
+    if not found:
+        raise UsageError(f"no trial came to a result; the first error: {next(iter(grid.errors), 'none')}")
+    found.sort(key=lambda result: -result[0])
+    for quality, step, settings in found[:10]:
+        shown = "  ".join(f"{key}={value}" for key, value in settings.items())
+        say(f"  quality {quality:.4f} at step {step:>6}  {shown}")
+    quality, _, best = found[0]
+    write_file(file, json.dumps({"settings": best, "quality": quality}))
+    tracker.metrics({"tune/best_quality": quality}, step=0)
+    tracker.params({f"best.{key}": value for key, value in best.items()})
+    return best
+
+
 def main(args: Sequence[str]) -> int:
     """`yan tune`."""
     parser = argparse.ArgumentParser(prog="yan tune", description=(__doc__ or "").splitlines()[0])
@@ -192,30 +214,14 @@ def main(args: Sequence[str]) -> int:
         tracker = Tracker.start(config, None)
         tracker.params({"search": " ".join(chosen.search), "trials": chosen.trials})
         say(f"tune: {chosen.trials} trials; each is a run below {tracker.run_id} in MLflow")
+        status = "FAILED"
         try:
             grid = search(config, space, folder / "tune", prepared, tracker, chosen)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
+            best = record_best(grid, folder / "tune" / "best.json", tracker)
+            status = "FINISHED"
         finally:
             tracker.end_children()  # a trial that the scheduler ends cannot say so itself
-        found = [
-            (r.metrics["quality"], r.metrics["step"], r.config or {})
-            for r in grid
-            if r.metrics and "quality" in r.metrics
-        ]
-        if not found:
-            tracker.finish("FAILED")
-            raise UsageError(f"no trial came to a result; the first error: {next(iter(grid.errors), 'none')}")
-        found.sort(key=lambda result: -result[0])
-        for quality, step, settings in found[:10]:
-            shown = "  ".join(f"{key}={value}" for key, value in settings.items())
-            say(f"  quality {quality:.4f} at step {step:>6}  {shown}")
-        quality, _, best = found[0]
-        write_file(folder / "tune" / "best.json", json.dumps({"settings": best, "quality": quality}))
-        tracker.metrics({"tune/best_quality": quality}, step=0)
-        tracker.params({f"best.{key}": value for key, value in best.items()})
-        tracker.finish("FINISHED")
+            tracker.finish(status)
     options = " ".join(f"--{key} {value}" for key, value in best.items())
     say(f"the best of them: yan run --config {chosen.config} {options}")
     return 0

@@ -403,6 +403,7 @@ class DatasetConfig:
         for name in ("num_train", "num_validation"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} of a data set must be >= 1, got {value}")
+        _require(not (self.held_out and self.validation), "held_out and validation of a data set exclude each other")
         _require(0 <= self.held_out < 0.5, f"held_out of a data set must be in [0, 0.5), got {self.held_out}")
 
 
@@ -516,7 +517,7 @@ class ScalingConfig:
     recompute: bool = False
     """Compute the blocks' activations a second time in the backward pass instead of keeping them."""
     compile: bool = False
-    """Compile the loss with torch.compile; pays on a GPU, after a minute or more of compiling."""
+    """Compile the loss with torch.compile. Not measured yet."""
     max_failures: int = 3
     """Worker failures after which training is given up; -1: never."""
     checkpoint_every_s: float = 20.0

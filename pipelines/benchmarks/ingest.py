@@ -9,7 +9,6 @@ a thousand at a time, and nothing is done with what it gives.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import threading
@@ -24,7 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.benchmarks.machine import RESULTS
+from pipelines.benchmarks.machine import RESULTS, leave
 from yan_core.files import code_commit
 
 TEXT_BYTES = 2000
@@ -163,11 +162,7 @@ def main(args: Sequence[str] | None = None) -> int:
     }
     print(f"bare tokenizer {alone / 1e6:.2f}M tok/s, yan prepare {rate / 1e6:.2f}M tok/s: {rate / alone:.2f} of it")
     print(f"peak memory beyond the object store: {peak / 2**30:.2f} GiB for {chosen.megabytes:g} MB of text")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    with (chosen.results / "ingest.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+    leave(report, chosen.results, "ingest", chosen.json)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import platform
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from yan_core.files import write_file
 
 T = TypeVar("T")
 
@@ -68,6 +71,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 RESULTS = Path(__file__).parent / "results"
 """Where benchmarks leave a line of JSON a run."""
+
+
+def leave(report: dict[str, Any], results: Path, name: str, out: Path | None) -> None:
+    """Append a report to a benchmark's lines in `results`, and write it to `out` where asked."""
+    if out is not None:
+        write_file(out, json.dumps(report, indent=1) + "\n")
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(report) + "\n")
 
 
 def at_its_best(call: Callable[[], T], device: torch.device) -> tuple[Callable[[], T], int, float]:

@@ -9,7 +9,6 @@ the same reading, batches, loss and optimizer, and without Ray. Both take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pipelines.benchmarks.machine import RESULTS, describe
+from pipelines.benchmarks.machine import RESULTS, describe, leave
 from yan_core.config import RunConfig, from_dict
 from yan_core.files import code_commit
 
@@ -113,11 +112,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "data_wait_share": statistics.median(t["data_wait_share"] for t in turns),
     }
     print(f"overhead of the Ray path: {report['overhead']:.1%} of a step; data wait {report['data_wait_share']:.1%}")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    with (chosen.results / "ray_overhead.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+    leave(report, chosen.results, "ray_overhead", chosen.json)
     return 0
 
 

@@ -29,7 +29,7 @@ import yaml
 from torch import Tensor, nn
 
 from pipelines.benchmarks import machine
-from pipelines.benchmarks.machine import RESULTS
+from pipelines.benchmarks.machine import RESULTS, leave
 from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion
 from yan_core.config import ModelConfig, RunConfig, from_dict
 from yan_core.files import code_commit, write_file
@@ -650,9 +650,7 @@ def main(args: Sequence[str] | None = None) -> int:
         say(f"the machine was not idle before this began (load {busy:.1f}): times are upper bounds, and ratios noisy")
     say("done")
     write()
-    options.results.mkdir(parents=True, exist_ok=True)
-    with (options.results / "sampler.jsonl").open("a") as file:
-        file.write(json.dumps(report) + "\n")
+    leave(report, options.results, "sampler", None)
     return 0
 
 

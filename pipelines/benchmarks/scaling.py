@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipelines.benchmarks.machine import RESULTS, describe, matmul_rate
+from pipelines.benchmarks.machine import RESULTS, describe, leave, matmul_rate
 from pipelines.benchmarks.ray_overhead import run_config, with_ray, without_ray
 from pipelines.plan import HARDWARE, Job, communicate_s, make_plan, num_parameters, row_flops
 from yan_core.config import RunConfig
@@ -130,11 +130,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "hardware": vars(hardware),
         "rows": rows,
     }
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    with (chosen.results / "scaling.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+    leave(report, chosen.results, "scaling", chosen.json)
     return 0
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.yan_core.tiny import LENGTH, LOSS, VOCAB, pad_right, random_rows, row_of, tiny_batch, tiny_model
+from tests.yan_core.tiny import LENGTH, LOSS, VOCAB, pad_right, random_rows, row_of, tiny_batch, tiny_config, tiny_model
 from yan_core.batching import Batch, autoencoder_batch
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig
 from yan_core.loss import (
     Objective,
     autoencoder_loss,
+    count,
     flow_loss,
     maximum_mean_discrepancy,
     token_weights,
@@ -457,7 +458,10 @@ def test_cross_entropy_counts_real_tokens_alone() -> None:
     torch.testing.assert_close(
         weighted_cross_entropy(logits, ids, mask, mask.sum()), F.cross_entropy(logits[mask], ids[mask])
     )
-    assert float(weighted_cross_entropy(logits, ids, mask & False, torch.tensor(1.0))) == 0
+    empty = replace(tiny_batch(2), target_ids=ids, target_mask=mask & False)
+    for config in (LOSS, STAGE_1):
+        none = count(empty, config, tiny_config())
+        assert float(weighted_cross_entropy(logits, ids, mask & False, none.weight)) == 0
 
 
 def test_a_token_counts_fully_up_to_the_first_end_of_text() -> None:
