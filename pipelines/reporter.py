@@ -14,7 +14,7 @@ from yan_core.batching import Batch
 from yan_core.parallel import num_workers, total
 
 if TYPE_CHECKING:
-    from pipelines.tracking import MetricsBuffer
+    from pipelines.metrics_buffer import MetricsBuffer
 
 
 class Reporter:

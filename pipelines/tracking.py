@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
+from pipelines.metrics_buffer import Value
 from yan_core.config import RunConfig
-from yan_core.files import write_file
 
 matplotlib.use("Agg")
 
@@ -44,6 +42,30 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+@contextmanager
+def mlflow_at(uri: str) -> Iterator[None]:
+    """Point MLflow's globals at a store for a while, since not all of it can be told otherwise.
+
+    `mlflow.set_tracking_uri` sets MLFLOW_TRACKING_URI too, which a later run in this process would follow.
+    """
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # None: not set
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+STORE_ERRORS = (mlflow.MlflowException, SQLAlchemyError, OSError)
+"""What a store that does not answer raises."""
+
+
 class TrackingError(ValueError):
     """The tracking store cannot be used."""
 
@@ -57,7 +79,7 @@ def check_tracking(config: RunConfig) -> None:
     uri = tracking_uri(config)
     try:
         _client(uri).search_experiments(max_results=1)
-    except (mlflow.MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: no database driver
+    except (*STORE_ERRORS, ImportError) as error:  # ImportError: no database driver
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrackingError(
             f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "
@@ -112,8 +134,7 @@ class Tracker:
         """A monitor of this machine's load; call `.finish()` at the end."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        mlflow.set_tracking_uri(self.uri)
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         return monitor
 
@@ -128,6 +149,10 @@ class Tracker:
         """Record metrics of a step, in one transaction: rank 0 calls this while the other workers wait."""
         now = int(time.time() * 1000)
         self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def send(self, values: Sequence[Value]) -> None:
+        """Record values of metrics, each with its time and step."""
+        self.client.log_batch(self.run_id, metrics=[Metric(*value) for value in values])
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record the data of a run as MLflow's page shows them.
@@ -181,9 +206,7 @@ class Tracker:
         """
         import yan_core
 
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, mlflow_at(self.uri):
             copy = Path(scratch) / "model"
             shutil.copytree(model_folder, copy)
             with mlflow.start_run(self.run_id):
@@ -204,79 +227,3 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Mark the run `FINISHED`, `FAILED` or `KILLED`."""
         self.client.set_terminated(self.run_id, status)
-
-
-class MetricsBuffer:
-    """Sends metrics to MLflow from a thread of its own: a slow or absent server neither slows nor stops training.
-
-    What cannot be sent is kept and tried again; at the end, or at a checkpoint, what is left goes to a file, which the
-    next buffer on that file sends.
-    """
-
-    def __init__(self, tracker: Tracker, unsent: Path, retry_s: float = 5.0) -> None:
-        """Begin to send.
-
-        Args:
-            tracker: The run.
-            unsent: File for what could not be sent; what an earlier buffer left there is sent first.
-            retry_s: Time between attempts while the server does not answer.
-        """
-        self.tracker, self.unsent, self.retry_s = tracker, unsent, retry_s
-        self.pending: deque[Metric] = deque(self._left())
-        self.changed, self.closing = threading.Condition(), False
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def _left(self) -> list[Metric]:
-        if not self.unsent.is_file():
-            return []
-        lines = self.unsent.read_text(encoding="utf-8").splitlines()
-        self.unsent.unlink()
-        return [Metric(*json.loads(line)) for line in lines]
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Take metrics of a step; returns at once."""
-        now = int(time.time() * 1000)
-        with self.changed:
-            self.pending.extend(Metric(name, float(value), now, step) for name, value in values.items())
-            self.changed.notify()
-
-    def _work(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.pending or self.closing)
-                batch = list(itertools.islice(self.pending, 500))
-                if not batch:
-                    return
-            try:
-                self.tracker.client.log_batch(self.tracker.run_id, metrics=batch)
-            except (mlflow.MlflowException, SQLAlchemyError, OSError) as error:
-                logging.getLogger(__name__).warning("MLflow at %s: %s; tried again", self.tracker.uri, error)
-                with self.changed:
-                    if self.changed.wait_for(lambda: self.closing, self.retry_s):
-                        return
-                continue
-            with self.changed:
-                for _ in batch:
-                    self.pending.popleft()
-                self.changed.notify_all()
-
-    def spool(self) -> int:
-        """Write what is not sent yet to the file, in case this process ends; gives how much that is."""
-        with self.changed:
-            left = list(self.pending)
-        if left:
-            lines = [json.dumps([m.key, m.value, m.timestamp, m.step]) for m in left]
-            write_file(self.unsent, "".join(f"{line}\n" for line in lines))
-        else:
-            self.unsent.unlink(missing_ok=True)
-        return len(left)
-
-    def close(self, timeout_s: float = 20.0) -> int:
-        """Send what is left, for as long as that; gives how many values are in the file instead."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.pending, timeout_s)
-            self.closing = True
-            self.changed.notify_all()
-        self.thread.join(timeout_s)
-        return self.spool()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,7 @@ import yan_core
 from pipelines.checkpoints import Checkpoints, Position
 from pipelines.cluster import quiet_ray
 from pipelines.loader import StageBatches, ahead, open_blocks
+from pipelines.metrics_buffer import MetricsBuffer
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.reporter import Reporter
 from pipelines.sources import DataError
@@ -56,7 +58,7 @@ from yan_core.training import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.tracking import MetricsBuffer, Tracker
+    from pipelines.tracking import Tracker
 
 STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
@@ -122,6 +124,12 @@ def save_checkpoint(
     )
 
 
+def _tracker(uri: str, run_id: str) -> Tracker:
+    from pipelines.tracking import Tracker  # see MetricsBuffer
+
+    return Tracker(uri, run_id)
+
+
 def train_loop(job: dict[str, Any]) -> None:
     """What each worker runs: the stages in order, from the start or from the newest sound checkpoint.
 
@@ -140,9 +148,7 @@ def train_loop(job: dict[str, Any]) -> None:
     board = job["board"] if rank == 0 else None
     tracker = None
     if rank == 0 and job["mlflow"]:
-        from pipelines.tracking import MetricsBuffer, Tracker  # two seconds of imports that only this worker needs
-
-        tracker = MetricsBuffer(Tracker(*job["mlflow"]), Path(job["unsent"]))
+        tracker = MetricsBuffer(partial(_tracker, *job["mlflow"]), Path(job["unsent"]))
     try:
         train_all(job["stream"], board, tracker)
     except NonFiniteLoss as error:  # on every worker alike; to try again would end alike

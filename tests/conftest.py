@@ -13,6 +13,20 @@ from yan_core.config import RunConfig, from_dict  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def mlflow_left_as_it_was():
+    """A test that points MLflow at a store does so for its whole process, environment included: undone here."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    if os.environ.get("MLFLOW_TRACKING_URI") != before:
+        import mlflow
+
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict:
     """Settings of a run of seconds on the built-in world; add `runs_dir`."""

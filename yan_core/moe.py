@@ -10,6 +10,7 @@ token are ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,6 @@ from torch import Tensor, nn
 
 from yan_core.config import ModelConfig
 from yan_core.parallel import total
-
-
-@torch.compiler.assume_constant_result
-def _has_grouped_kernel() -> bool:
-    """Whether the GPU multiplies groups without asking the host: Hopper and later."""
-    return torch.cuda.get_device_capability() >= (9, 0)
 
 
 class ExpertHeads(nn.Module):
@@ -37,6 +32,17 @@ class ExpertHeads(nn.Module):
         self.b_out_KD = nn.Parameter(torch.zeros(num_experts, d_out))
         for weight, fan_in in ((self.w_in_KDF, d_model), (self.w_out_KFD, hidden)):
             nn.init.uniform_(weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self._look_at_device()
+
+    def _look_at_device(self) -> None:
+        """Note whether the device multiplies groups without asking the host: Hopper and later."""
+        device = self.w_in_KDF.device
+        self.has_grouped_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertHeads:
+        super()._apply(fn, recurse)
+        self._look_at_device()
+        return self
 
     @property
     def num_experts(self) -> int:
@@ -100,7 +106,7 @@ class ExpertHeads(nn.Module):
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
         widths = (*self.w_in_KDF.shape[1:], self.w_out_KFD.shape[2])
         aligned = all(width % 8 == 0 for width in widths)
-        return dtype == torch.bfloat16 and aligned and _has_grouped_kernel()
+        return dtype == torch.bfloat16 and aligned and self.has_grouped_kernel
 
     def _grouped(self, x_ND: Tensor, expert_N: Tensor, ends_K: Tensor) -> Tensor:
         """Heads of tokens sorted by expert in two grouped matrix products; ends_K: each expert's last token, plus 1."""

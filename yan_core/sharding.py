@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from yan_core.blocks import EncoderBlock, FlowBlock
 from yan_core.loss import Objective
@@ -30,10 +30,26 @@ def shard(objective: Objective) -> None:
     fully_shard(cast(Any, objective))
 
 
+def is_shard(value: object) -> bool:
+    """Whether this is a worker's shard of a tensor."""
+    # What makes shards takes a second to import, in every worker: where it was not imported, there are none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def shard_like(value: Tensor, shard: Tensor) -> Tensor:
+    """A whole tensor as this worker's shard of it; the tensor itself where `shard` is whole."""
+    if not is_shard(shard):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, cast(Any, shard).device_mesh, cast(Any, shard).placements)
+
+
 def full_copy(value: T) -> T:
     """Nested dictionaries and lists, every tensor copied to the CPU, whole; with shards, every worker must call it."""
-    if isinstance(value, DTensor):
-        return cast(T, value.full_tensor().detach().cpu())
+    if is_shard(value):
+        return cast(T, cast(Any, value).full_tensor().detach().cpu())
     if isinstance(value, Tensor):
         return cast(T, value.detach().to("cpu", copy=True))
     if isinstance(value, dict):
@@ -46,8 +62,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
-        if isinstance(parameter, DTensor):
-            for name, value in values.items():
-                if value.shape == parameter.shape and value.ndim:
-                    values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        for name, value in values.items():
+            if value.shape == parameter.shape and value.ndim:
+                values[name] = shard_like(value, parameter)
     optimizer.load_state_dict(state)

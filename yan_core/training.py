@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from yan_core.batching import Batch
@@ -17,6 +16,7 @@ from yan_core.loss import Counts
 from yan_core.mamba import MambaScan
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, uniform
+from yan_core.sharding import shard_like
 
 
 class TrainingFailed(RuntimeError):
@@ -111,8 +111,7 @@ class WeightAverage:
     def load(self, model: YanModel) -> None:
         """Go on from averages saved earlier, given as the weights of a whole model."""
         for name, value in model.state_dict().items():
-            own = self.weights[name]
-            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+            self.weights[name].copy_(shard_like(value, self.weights[name]))
 
 
 class _Loss(Protocol):

@@ -57,9 +57,10 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
 
 def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     """Kill -9 a worker, then interrupt the driver, then run again: one MLflow run, all stages done."""
-    slow = ("--stages.finetune.max_steps", "80", "--scaling.checkpoint_every_s", "1", "--log_every_s", "0")
+    every = ("--stages.finetune.max_steps", "80", "--log_every_s", "0")
+    often = ("--scaling.checkpoint_every_s", "1")
     goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
-    process, log = start(tiny_config, *slow)
+    process, log = start(tiny_config, *every, *often)
     wait_for(r"finetune +(1\d|2\d|3\d)/80", log, process)
     os.kill(workers_of(process)[0].pid, signal.SIGKILL)
     first = int(wait_for(goes_on, log, process)[1])
@@ -69,7 +70,7 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     assert process.wait(90) == 130
     assert "the same command goes on from here" in log.read_text()
 
-    process, log = start(tiny_config, *slow)
+    process, log = start(tiny_config, *every)
     assert process.wait(240) == 0, log.read_text()
     text = log.read_text()
     assert "prepare: done before, inputs unchanged" in text
@@ -112,11 +113,11 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     assert not [f for f in artifacts.rglob("*") if f.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 
     # Run again: nothing is redone. Change one setting: only what follows from it is.
-    process, log = start(tiny_config, *slow)
+    process, log = start(tiny_config, *every)
     assert process.wait(120) == 0
     assert "evaluate, register: done before, inputs unchanged" in log.read_text()
     assert "not done yet" not in log.read_text()
-    process, log = start(tiny_config, *slow, "--stages.finetune.optim.lr", "5e-4")
+    process, log = start(tiny_config, *every, "--stages.finetune.optim.lr", "5e-4")
     assert process.wait(240) == 0, log.read_text()
     assert "flow: done before, inputs unchanged" in log.read_text()
     assert "finetune: inputs changed (stages.finetune.optim.lr: 0.001 -> 0.0005)" in log.read_text()

@@ -1,25 +1,27 @@
 """Metrics on their way to MLflow: in order, at once, and not lost when it does not answer."""
 
+import os
 import threading
-import time
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from pipelines.tracking import MetricsBuffer, Tracker
+from pipelines.metrics_buffer import MetricsBuffer
+from pipelines.tracking import Tracker, mlflow_at
 
 
 class Server:
     """A tracking client that answers or not."""
 
-    def __init__(self, up: bool = True, delay_s: float = 0.0) -> None:
-        self.up, self.delay_s, self.asked = up, delay_s, threading.Event()
+    def __init__(self, up: bool = True) -> None:
+        self.up, self.asked, self.may_answer = up, threading.Event(), threading.Event()
+        self.may_answer.set()
         self.values: list[tuple[str, float, int]] = []
 
     def log_batch(self, run_id: str, metrics: list[mlflow.entities.Metric]) -> None:
         self.asked.set()
-        time.sleep(self.delay_s)
+        assert self.may_answer.wait(60)
         if not self.up:
             raise mlflow.MlflowException("no answer")
         self.values += [(m.key, m.value, m.step) for m in metrics]
@@ -28,7 +30,7 @@ class Server:
 def buffer_to(server: Server, tmp_path: Path, retry_s: float = 0.05) -> MetricsBuffer:
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "run")
     tracker.client = server  # type: ignore[assignment]
-    return MetricsBuffer(tracker, tmp_path / "unsent.jsonl", retry_s)
+    return MetricsBuffer(lambda: tracker, tmp_path / "unsent.jsonl", retry_s)
 
 
 def test_every_value_arrives_in_order(tmp_path):
@@ -42,13 +44,26 @@ def test_every_value_arrives_in_order(tmp_path):
 
 
 def test_training_does_not_wait_for_a_slow_server(tmp_path):
-    server = Server(delay_s=0.5)
+    server = Server()
+    server.may_answer.clear()
     buffer = buffer_to(server, tmp_path)
-    started = time.monotonic()
     for step in range(100):
         buffer.metrics({"loss": 1.0}, step)
-    assert time.monotonic() - started < 0.4
+    assert server.asked.wait(60) and not server.values
+    server.may_answer.set()
     assert buffer.close() == 0 and len(server.values) == 100
+
+
+@pytest.mark.parametrize("before", [None, "sqlite:///mine.db"])
+def test_mlflow_is_pointed_at_a_store_for_a_while_alone(tmp_path, monkeypatch, before):
+    if before is None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", before)
+    with mlflow_at(f"sqlite:///{tmp_path}/mlflow.db"):
+        assert mlflow.get_tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+    assert mlflow.is_tracking_uri_set() == (before is not None)
 
 
 def test_a_server_that_comes_back_gets_what_it_missed(tmp_path):
@@ -80,6 +95,6 @@ def test_what_cannot_be_sent_waits_in_a_file_for_the_next_run(tmp_path):
 def test_closing_ends_the_thread(tmp_path, up):
     buffer = buffer_to(Server(up), tmp_path, retry_s=60)
     buffer.metrics({"a": 1.0}, 1)
-    started = time.monotonic()
     buffer.close(timeout_s=0.5)
-    assert time.monotonic() - started < 5 and not buffer.thread.is_alive()
+    buffer.thread.join(20)
+    assert not buffer.thread.is_alive()

@@ -1,27 +1,13 @@
 """models:/ addresses against a real registry in a SQLite file."""
 
-import os
 import shutil
 import socket
 from pathlib import Path
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
 
 from serve.registry import RegistryError, find_version, resolve
-
-
-@pytest.fixture(autouse=True)
-def mlflow_left_as_it_was():
-    """`resolve` points MLflow at a registry for its whole process, environment included."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    yield
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""Metrics on their way to MLflow, from a thread of their own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from yan_core.files import write_file
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
+
+
+class Value(NamedTuple):
+    """A metric's value: when it was taken, in ms since 1970, and at which step."""
+
+    name: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+class MetricsBuffer:
+    """Sends metrics to MLflow from a thread of its own: a slow or absent server neither slows nor stops training.
+
+    What cannot be sent is kept and tried again; at the end, or at a checkpoint, what is left goes to a file, which the
+    next buffer on that file sends.
+    """
+
+    def __init__(self, connect: Callable[[], Tracker], unsent: Path, retry_s: float = 5.0) -> None:
+        """Begin to send.
+
+        Args:
+            connect: Gives the run, in that thread.
+            unsent: File for what could not be sent; what an earlier buffer left there is sent first.
+            retry_s: Time between attempts while the server does not answer.
+        """
+        self.connect, self.unsent, self.retry_s = connect, unsent, retry_s
+        self.pending: deque[Value] = deque(self._left())
+        self.changed, self.closing = threading.Condition(), False
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _left(self) -> list[Value]:
+        if not self.unsent.is_file():
+            return []
+        lines = self.unsent.read_text(encoding="utf-8").splitlines()
+        self.unsent.unlink()
+        return [Value(*json.loads(line)) for line in lines]
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Take metrics of a step; returns at once."""
+        now = int(time.time() * 1000)
+        with self.changed:
+            self.pending.extend(Value(name, float(value), now, step) for name, value in values.items())
+            self.changed.notify()
+
+    def _work(self) -> None:
+        from pipelines.tracking import STORE_ERRORS  # MLflow: three seconds of imports, here beside the training
+
+        tracker = self.connect()
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.pending or self.closing)
+                batch = list(itertools.islice(self.pending, 500))
+                if not batch:
+                    return
+            try:
+                tracker.send(batch)
+            except STORE_ERRORS as error:
+                logging.getLogger(__name__).warning("MLflow at %s: %s; tried again", tracker.uri, error)
+                with self.changed:
+                    if self.changed.wait_for(lambda: self.closing, self.retry_s):
+                        return
+                continue
+            with self.changed:
+                for _ in batch:
+                    self.pending.popleft()
+                self.changed.notify_all()
+
+    def spool(self) -> int:
+        """Write what is not sent yet to the file, in case this process ends; gives how much that is."""
+        with self.changed:
+            left = list(self.pending)
+        if left:
+            lines = [json.dumps(value) for value in left]
+            write_file(self.unsent, "".join(f"{line}\n" for line in lines))
+        else:
+            self.unsent.unlink(missing_ok=True)
+        return len(left)
+
+    def close(self, timeout_s: float = 20.0) -> int:
+        """Send what is left, for as long as that; gives how many values are in the file instead."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.pending, timeout_s)
+            self.closing = True
+            self.changed.notify_all()
+        self.thread.join(timeout_s)
+        return self.spool()
