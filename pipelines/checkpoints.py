@@ -85,11 +85,16 @@ class Checkpoints:
                 out.write(sealed)
         return ray.train.Checkpoint(f"{root}/{name}", filesystem=store)
 
-    def names(self) -> list[str]:
+    def names(self, prefix: str = "checkpoint_") -> list[str]:
         """All of them, the newest first; those that were never finished too."""
         store, root = self._open()
         found = store.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        return sorted((f.base_name for f in found if f.base_name.startswith("checkpoint_")), reverse=True)
+        return sorted((f.base_name for f in found if f.base_name.startswith(prefix)), reverse=True)
+
+    def remove(self, name: str) -> None:
+        """Delete one."""
+        store, root = self._open()
+        store.delete_dir(f"{root}/{name}")
 
     def verify(self, name: str) -> Position:
         """Where a checkpoint was taken, if every file of it is sound.

@@ -163,9 +163,8 @@ def _evaluate(args: list[str]) -> int:
     named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
     given = {name: value for name, value in named.items() if value is not None}
     sampling = dataclasses.replace(config.evaluation.sampling, **given)
-    (quality,) = evaluate_model(
-        Path(chosen.model), rows, [chosen.num_steps], config.evaluation.batch_size, sampling=sampling
-    )
+    how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling)
+    (quality,) = evaluate_model(Path(chosen.model), rows, how)
     result = summary(quality, len(rows), Path(chosen.model), chosen.data)
     print(json.dumps(result, indent=2))
     if chosen.json:

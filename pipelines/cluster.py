@@ -60,10 +60,19 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Collects lines from workers until the driver takes them."""
+    """Between driver and workers: lines for the terminal one way, a request to stop the other."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.stopping = False
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers to save a checkpoint and leave."""
+        self.stopping = True
+
+    def asked_to_stop(self) -> bool:
+        """Whether they were asked to."""
+        return self.stopping
 
     def add(self, line: str) -> None:
         """Leave a line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import yan_core
-from yan_core.config import SamplingConfig
+from yan_core.config import EvaluationConfig
 from yan_core.files import code_commit
 from yan_core.metrics import METRICS
 from yan_core.tasks import get_task
@@ -44,13 +44,57 @@ class Quality:
     examples: list[dict[str, str]]
 
 
+def answer_rows(
+    generator: yan_core.TextGenerator,
+    rows: Sequence[Mapping[str, Any]],
+    num_steps: int,
+    config: EvaluationConfig,
+    seeds: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> list[str]:
+    """Answer every row, those of like length in a batch; the seeds keep each answer the same in any order.
+
+    Args:
+        generator: The model, in evaluation mode.
+        rows: Each with a `source`.
+        num_steps: Solver steps.
+        config: Batch size, and how answers are sampled.
+        seeds: Of each row; None: its place in `rows`.
+        lengths: Each answer's number of tokens, where the model is to be told; None: it finds its own.
+    """
+    seeds = range(len(rows)) if seeds is None else seeds
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
+    answers = [""] * len(rows)
+    for start in range(0, len(order), config.batch_size):
+        places = order[start : start + config.batch_size]
+        done = generator.generate(
+            [rows[i]["source"] for i in places],
+            num_steps,
+            seeds=[seeds[i] for i in places],
+            lengths=[lengths[i] for i in places] if lengths is not None else None,
+            **vars(config.sampling),
+        )
+        for place, generation in zip(places, done, strict=True):
+            answers[place] = generation.text
+    return answers
+
+
+def score_rows(
+    generator: yan_core.TextGenerator, metric: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]
+) -> float:
+    """A metric of answers to rows, each with its right `answers`; in [0, 1].
+
+    A model that writes lower case alone is scored in lower case.
+    """
+    references = [[generator.tokenizer.normalize(a) for a in row["answers"]] for row in rows]
+    return METRICS[metric](answers, references)
+
+
 def evaluate_model(
     folder: Path,
     rows: Sequence[dict[str, Any]],
-    num_steps: Sequence[int],
-    batch_size: int,
+    config: EvaluationConfig,
     device: str = "cpu",
-    sampling: SamplingConfig | None = None,
     on_done: Callable[[Quality], None] | None = None,
 ) -> list[Quality]:
     """Answer every row at each number of steps and score it.
@@ -61,10 +105,8 @@ def evaluate_model(
         folder: Model folder.
         rows: `source`, `answers` (any counts as right; case does not count where the tokenizer lower-cases) and
             optionally `kind`.
-        num_steps: Numbers of solver steps.
-        batch_size: Rows of a batch.
+        config: Numbers of solver steps, batch size, and how answers are sampled.
         device: Where the model runs.
-        sampling: Solver, guidance and candidates; None: the defaults.
         on_done: Called after each number of steps.
 
     Raises:
@@ -74,42 +116,25 @@ def evaluate_model(
         raise ValueError("nothing to evaluate: no row is left after the filter")
     generator = yan_core.load(folder, device)
     metric = get_task(generator.details["task"]).metric
-    score = METRICS[metric]
-    # A model that writes lower case alone is scored in lower case.
-    references = [[generator.tokenizer.normalize(a) for a in r["answers"]] for r in rows]
-    # Rows of like length share a batch; the seeds keep each answer the same in any order.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
     true_lengths = [min(max(1, len(e.ids)), generator.max_target_tokens) for e in encoded]
-    how = vars(sampling or SamplingConfig())
-
-    def answer_all(steps: int, oracle: bool) -> list[str]:
-        answers = [""] * len(rows)
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            lengths = [true_lengths[i] for i in places] if oracle else None
-            done = generator.generate([rows[i]["source"] for i in places], steps, seeds=places, lengths=lengths, **how)
-            for place, generation in zip(places, done, strict=True):
-                answers[place] = generation.text
-        return answers
-
-    for steps in num_steps:
-        answers = answer_all(steps, oracle=False)
-        oracle_value = score(answer_all(steps, oracle=True), references)
+    for steps in config.num_steps:
+        answers = answer_rows(generator, rows, steps, config)
+        told = answer_rows(generator, rows, steps, config, lengths=true_lengths)
         kinds = sorted({r["kind"] for r in rows if r.get("kind")})
         by_kind = {}
         for kind in kinds:
             chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
-            by_kind[kind] = score([answers[i] for i in chosen], [references[i] for i in chosen])
-        latency_ms, nfe = _latency_ms(generator, [r["source"] for r in rows[:20]], steps, how)
+            by_kind[kind] = score_rows(generator, metric, [rows[i] for i in chosen], [answers[i] for i in chosen])
+        latency_ms, nfe = _latency_ms(generator, [r["source"] for r in rows[:20]], steps, vars(config.sampling))
         quality = Quality(
             num_steps=steps,
             nfe=nfe,
             metric=metric,
-            value=score(answers, references),
+            value=score_rows(generator, metric, rows, answers),
             by_kind=by_kind,
-            oracle_value=oracle_value,
+            oracle_value=score_rows(generator, metric, rows, told),
             latency_ms_batch_1=latency_ms,
             examples=[
                 {"source": r["source"], "target": " | ".join(r["answers"]), "answer": a}

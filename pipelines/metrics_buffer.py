@@ -44,6 +44,7 @@ class MetricsBuffer:
         """
         self.connect, self.unsent, self.retry_s = connect, unsent, retry_s
         self.pending: deque[Value] = deque(self._left())
+        self.tables: deque[tuple[list[dict[str, str]], str]] = deque()
         self.changed, self.closing = threading.Condition(), False
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -62,18 +63,27 @@ class MetricsBuffer:
             self.pending.extend(Value(name, float(value), now, step) for name, value in values.items())
             self.changed.notify()
 
+    def table(self, rows: list[dict[str, str]], file: str) -> None:
+        """Take rows of a table; returns at once. Unlike metrics, they are lost where MLflow never answers."""
+        with self.changed:
+            self.tables.append((rows, file))
+            self.changed.notify()
+
     def _work(self) -> None:
         from pipelines.tracking import STORE_ERRORS  # MLflow: three seconds of imports, here beside the training
 
         tracker = self.connect()
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.pending or self.closing)
-                batch = list(itertools.islice(self.pending, 500))
-                if not batch:
+                self.changed.wait_for(lambda: self.pending or self.tables or self.closing)
+                batch, table = list(itertools.islice(self.pending, 500)), self.tables[0] if self.tables else None
+                if not batch and table is None:
                     return
             try:
-                tracker.send(batch)
+                if batch:
+                    tracker.send(batch)
+                elif table is not None:
+                    tracker.table(*table)
             except STORE_ERRORS as error:
                 logging.getLogger(__name__).warning("MLflow at %s: %s; tried again", tracker.uri, error)
                 with self.changed:
@@ -83,6 +93,8 @@ class MetricsBuffer:
             with self.changed:
                 for _ in batch:
                     self.pending.popleft()
+                if not batch:
+                    self.tables.popleft()
                 self.changed.notify_all()
 
     def spool(self) -> int:
@@ -99,7 +111,7 @@ class MetricsBuffer:
     def close(self, timeout_s: float = 20.0) -> int:
         """Send what is left, for as long as that; gives how many values are in the file instead."""
         with self.changed:
-            self.changed.wait_for(lambda: not self.pending, timeout_s)
+            self.changed.wait_for(lambda: not self.pending and not self.tables, timeout_s)
             self.closing = True
             self.changed.notify_all()
         self.thread.join(timeout_s)

@@ -134,6 +134,11 @@ def row_flops(job: Job) -> tuple[float, float]:
     return forward, 2 * (2 * (read + flow) + decoder)
 
 
+def peak_flops(device_name: str) -> float | None:
+    """Peak rate of a GPU by the name that its driver gives, in floating-point operations a second; None: not known."""
+    return next((h.flops_per_s for name, h in HARDWARE.items() if name in device_name.lower()), None)
+
+
 def num_parameters(job: Job) -> tuple[float, float]:
     """All parameters, and those that learn in stages 2 and 3."""
     import torch

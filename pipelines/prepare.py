@@ -93,9 +93,9 @@ class Prepared:
         rows = self.manifest["rows"]
         return rows["flow"] + rows["finetune"] if stage == "autoencoder" else rows[stage]
 
-    def validation(self, max_rows: int) -> list[dict[str, Any]]:
-        """The first validation rows: source, target, answers, kind."""
-        return pq.read_table(self.folder / "validation").slice(0, max_rows).to_pylist()
+    def validation(self, max_rows: int, skip: int = 0) -> list[dict[str, Any]]:
+        """Validation rows, the first ones after `skip`: source, target, answers, kind."""
+        return pq.read_table(self.folder / "validation").slice(skip, max_rows).to_pylist()
 
 
 def corpora_of(data: DataConfig) -> list[str]:

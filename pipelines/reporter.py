@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from pipelines.plan import Job, peak_flops, row_flops
 from pipelines.state import StageState
 from yan_core.batching import Batch
 from yan_core.parallel import num_workers, total
@@ -30,12 +32,16 @@ class Reporter:
         """
         self.state, self.board, self.tracker = state, board, tracker
         self.total, self.skipped = state.settings.max_steps, 0
+        self.job = Job.of(state.config, 0, num_workers(), state.tokenizer.vocab_size)
+        device = next(state.model.parameters()).device
+        on_gpu = device.type == "cuda" and state.job.stage != "autoencoder"  # what row_flops counts is a flow's step
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
         self.started, self.first_step = time.perf_counter(), state.step
         self._clear()
 
     def _clear(self) -> None:
         self.since, self.steps = time.perf_counter(), 0
-        self.places, self.real, self.wait_s = 0, 0, 0.0
+        self.places, self.real, self.wait_s, self.flops = 0, 0, 0.0, 0.0
         self.sums: dict[str, Tensor] = {}
 
     @property
@@ -48,13 +54,40 @@ class Reporter:
         if self.board is not None:
             self.board.add.remote(f"  {self.state.job.stage:<11} {line}")
 
-    def add(self, metrics: dict[str, Tensor], batch: Batch, wait_s: float) -> None:
-        """Count one step: its metrics, its batch as it came from the loader, and the time it was waited for."""
+    def add(self, metrics: dict[str, Tensor], batch: Batch, num_steps: int, wait_s: float) -> None:
+        """Count one step.
+
+        Args:
+            metrics: What it measured.
+            batch: As it came from the loader.
+            num_steps: Steps of the training solver.
+            wait_s: Time that the batch was waited for.
+        """
         self.steps, self.wait_s = self.steps + 1, self.wait_s + wait_s
+        if self.peak_flops is not None:
+            rows, target = batch.target_ids.shape
+            job = replace(self.job, source_tokens=batch.source_ids.shape[1], target_tokens=target)
+            self.flops += rows * sum(row_flops(replace(job, solver_steps=num_steps)))
         self.places += batch.num_tokens
         self.real += int(batch.source_mask.sum() + batch.target_mask.sum())
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value
+
+    def record(self, quality: dict[str, float]) -> None:
+        """Record validation quality at this step."""
+        if self.tracker is not None:
+            named = {f"{self.state.job.stage}/validation/{name}": value for name, value in quality.items()}
+            self.tracker.metrics(named, self.state.step)
+
+    def show_samples(self, samples: list[dict[str, str]]) -> None:
+        """Add answers of this step to the table of samples."""
+        if self.tracker is not None:
+            where = {"stage": self.state.job.stage, "step": str(self.state.step)}
+            self.tracker.table([{**where, **sample} for sample in samples], "samples.json")
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time off the interval and the stage that was not spent on training."""
+        self.since, self.started = self.since + seconds, self.started + seconds
 
     def keep_unsent(self) -> None:
         """Write metrics that MLflow has not taken yet to their file."""
@@ -70,9 +103,10 @@ class Reporter:
         if self.steps == 0:
             return {}
         elapsed = time.perf_counter() - self.since
-        own = [*self.sums.values(), *(torch.tensor(float(v)) for v in (self.places, self.real, self.wait_s))]
+        counts = (self.places, self.real, self.wait_s, self.flops)
+        own = [*self.sums.values(), *(torch.tensor(float(v)) for v in counts)]
         device = next(iter(self.sums.values())).device
-        *sums, places, real, wait_s = total(torch.stack([v.float().to(device) for v in own])).tolist()
+        *sums, places, real, wait_s, flops = total(torch.stack([v.float().to(device) for v in own])).tolist()
         workers, steps = num_workers(), self.steps
         means = {name: value / (workers * self.steps) for name, value in zip(self.sums, sums, strict=True)}
         stage, step, rate = self.state.job.stage, self.state.step, places / elapsed
@@ -95,6 +129,8 @@ class Reporter:
                 "padding_share": padding,
                 "memory_bytes": _memory(device),
             }
+            if self.peak_flops is not None:
+                perf["mfu"] = flops / (workers * elapsed * self.peak_flops)
             self.tracker.metrics(named | {f"{stage}/perf/{name}": value for name, value in perf.items()}, step)
         self._clear()
         return means

@@ -113,7 +113,7 @@ def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
     """What a stage's model depends on, the step before included."""
     values = to_dict(config)
     loss = "autoencoder_loss" if stage == "autoencoder" else "flow_loss"
-    return {
+    inputs = {
         "stages": {stage: values["stages"][stage]},
         "model": values["model"],
         loss: values[loss],
@@ -121,6 +121,9 @@ def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
         "seed": config.seed,
         "before": before,
     }
+    if stage == "finetune" and config.evaluation.keep == "best":
+        inputs["evaluation"] = values["evaluation"]  # it chooses the weights
+    return inputs
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -292,9 +295,15 @@ def train_steps(
     return Path(model)
 
 
+def _rows_that_choose(config: RunConfig) -> int:
+    """Validation rows that the weights are chosen by, which would flatter them: the evaluation leaves them out."""
+    return config.evaluation.rows_while_training if config.evaluation.keep == "best" else 0
+
+
 def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: Tracker) -> list[Quality]:
     """Measure the model at each number of steps and record figures, examples and a picture."""
-    rows = prepared.validation(config.evaluation.max_rows)
+    how = config.evaluation
+    rows = prepared.validation(how.max_rows, _rows_that_choose(config))
     say(f"evaluate: {len(rows)} validation rows, own length")
 
     def show(q: Quality) -> None:
@@ -305,9 +314,7 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
         )
 
     device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
-    steps, batch_size = config.evaluation.num_steps, config.evaluation.batch_size
-    how = config.evaluation.sampling
-    quality = evaluate_model(model, rows, steps, batch_size, device, how, on_done=show)
+    quality = evaluate_model(model, rows, how, device, on_done=show)
     for q in quality:
         named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
         named[f"eval/{q.metric}_oracle_length"] = q.oracle_value
@@ -343,6 +350,12 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         started = time.perf_counter()
         prepared = prepare_step(config, folder)
         seconds["prepare"] = time.perf_counter() - started
+        choosing, rows = _rows_that_choose(config), prepared.manifest["rows"]["validation"]
+        if choosing >= rows:
+            raise ValueError(
+                f"evaluation.keep=best chooses by the first {choosing} validation rows (rows_while_training) "
+                f"and there are {rows}: none would be left to evaluate; lower that number or add rows"
+            )
 
         state = read_inputs(folder / "run.json") or {}
         # Another config is another MLflow run: its parameters are written once.
@@ -363,7 +376,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
             else:
                 result = RunResult(last, [], "", tracker.uri, tracker.run_id, seconds)
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            tracker.finish("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
             raise
         finally:
             monitor.finish()

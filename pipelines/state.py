@@ -121,10 +121,9 @@ class StageState:
         average = None if self.average is None else full_copy(self.average.weights)
 
         def write(folder: Path) -> None:
-            details = model_details(self.config)
-            save_pretrained(folder / "model", self.model, self.tokenizer, details, weights)
+            self.save_model(folder / "model", weights)
             if average is not None:
-                save_pretrained(folder / "average", self.model, self.tokenizer, details, average)
+                self.save_model(folder / "average", average)
             torch.save(optimizer, folder / "optimizer.pt")
 
         return write
@@ -133,6 +132,6 @@ class StageState:
         """The weights that the stage leaves; with scaling.strategy=fsdp every worker must call it."""
         return full_copy(self.model.state_dict() if self.average is None else self.average.weights)
 
-    def save_result(self, weights: dict[str, Tensor]) -> None:
-        """Leave the stage's model folder with the weights of `result`."""
-        save_pretrained(self.job.output, self.model, self.tokenizer, model_details(self.config), weights)
+    def save_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write a model folder with weights as `result` gives them."""
+        save_pretrained(folder, self.model, self.tokenizer, model_details(self.config), weights)

@@ -6,6 +6,7 @@ One `TorchTrainer` for all stages: to start the workers and their stream costs h
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 import threading
 import time
@@ -14,9 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+import ray
 import ray.data
+import ray.exceptions
 import ray.train
 import torch
 from ray.actor import ActorHandle
@@ -42,6 +45,7 @@ from pipelines.reporter import Reporter
 from pipelines.sources import DataError
 from pipelines.state import StageJob, StageState
 from pipelines.stream import open_stream, stage_order
+from pipelines.validation import Validation
 from yan_core.batching import Batch
 from yan_core.checkpoint import from_pretrained
 from yan_core.config import RunConfig, from_dict, to_dict
@@ -154,6 +158,8 @@ def train_loop(job: dict[str, Any]) -> None:
     except NonFiniteLoss as error:  # on every worker alike; to try again would end alike
         if rank == 0:
             write_file(Path(job["failure"]), str(error))
+    except Stopped:  # on every worker alike
+        pass
     finally:
         if tracker is not None and (left := tracker.close()) and board is not None:
             board.add.remote(
@@ -189,10 +195,15 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
         reporter = Reporter(state, board, tracker)
         if state.step:
             reporter.say(f"goes on from its checkpoint at step {state.step}")
-        train_one_stage(state, checkpoints, batches.stage(job.stage, state.step), reporter, rank, device)
-        weights = state.result()
+        validation = None
+        if job.stage == "finetune" and config.evaluation.every_steps:
+            rows = prepared.validation(config.evaluation.rows_while_training)
+            validation = Validation(state, rows, checkpoints, rank)
+        train_one_stage(state, checkpoints, batches.stage(job.stage, state.step), reporter, rank, device, validation)
+        best = validation.best_weights() if validation is not None else None
+        weights = state.result() if best is None else best
         if rank == 0:
-            state.save_result(weights)
+            state.save_model(Path(job.output), weights)
             write_file(Path(job.record), json.dumps(job.inputs, indent=2))
             reporter.say(f"done in {reporter.seconds:.0f} s")
         if config.scaling.strategy == "fsdp":  # the next stage shards a model anew, from the file
@@ -203,36 +214,59 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
             held = job.output
 
 
+class Stopped(Exception):
+    """The driver was told to end: the workers have saved a checkpoint and leave."""
+
+
 class Clock:
     """What is due at a step: rank 0's clock decides for all workers, since they must do it at the same step."""
 
-    LOOK_EVERY_S = 5.0
-    """Seconds between looks at whether a node is about to be taken away."""
+    LOOK_EVERY_S = 1.0
+    """Seconds between looks at whether the driver or a node is about to be taken away."""
 
     def __init__(self, state: StageState, reporter: Reporter) -> None:
         self.scaling, self.reporter = state.config.scaling, reporter
         self.saved_at = self.looked_at = time.perf_counter()
         self.warned = False
+        self.asked: Any = None
 
-    def due(self, device: torch.device) -> tuple[bool, bool]:
-        """Whether to report, and whether to save a checkpoint."""
+    def due(self, device: torch.device) -> tuple[bool, bool, bool]:
+        """Whether to report, whether to save a checkpoint, and whether to leave after it."""
         now = time.perf_counter()
         here = [
             self.reporter.due(),
             now - self.saved_at >= self.scaling.checkpoint_every_s,
             now - self.looked_at >= self.LOOK_EVERY_S,
+            self._asked_to_stop(now),
         ]
         if num_workers() > 1:
             answer = torch.tensor(here, dtype=torch.int32, device=device)
             torch.distributed.broadcast(answer, src=0)
             here = [bool(v) for v in answer.tolist()]
-        report, save, look = here
+        report, save, look, stop = here
         if look:
             self.looked_at = now
             save |= self._about_to_end()
         if save:
             self.saved_at = now
-        return report, save
+        return report, save, stop
+
+    def _asked_to_stop(self, now: float) -> bool:
+        """Whether the driver has asked, as of the last look; never waits for its answer."""
+        board = self.reporter.board
+        if board is None:
+            return False
+        if self.asked is None:
+            if now - self.looked_at >= self.LOOK_EVERY_S:
+                self.asked = board.asked_to_stop.remote()
+            return False
+        if not ray.wait([self.asked], timeout=0)[0]:
+            return False
+        asked, self.asked = self.asked, None
+        try:
+            return ray.get(asked)
+        except ray.exceptions.RayError:  # the board is gone, and with it the driver
+            return False
 
     def _about_to_end(self) -> bool:
         """Whether a node that a worker runs on has just been said to be taken away; the same on every worker."""
@@ -251,6 +285,7 @@ def train_one_stage(
     reporter: Reporter,
     rank: int,
     device: torch.device,
+    validation: Validation | None,
 ) -> None:
     """Train from `state.step` to the stage's last step, with a checkpoint now and then and one at the end."""
     config, settings, scaling = state.config, state.settings, state.config.scaling
@@ -285,7 +320,7 @@ def train_one_stage(
                 scaling.accumulation,
             )
             skipped_in_a_row = 0
-            reporter.add(metrics, loaded, wait_s)
+            reporter.add(metrics, loaded, num_steps, wait_s)
             if state.average is not None:
                 state.average.update(state.model, state.step)
         except NonFiniteLoss as error:
@@ -293,12 +328,16 @@ def train_one_stage(
             if skipped_in_a_row > settings.optim.max_skipped:
                 give_up(state, loaded, checkpoints, rank, skipped_in_a_row, error)
         state.step += 1
-        report, save = clock.due(device)
+        report, save, stop = clock.due(device)
         if report:
             means = reporter.report(lr) or means
-        if save and state.step < settings.max_steps:
+        if validation is not None and validation.due():
+            validation.look(reporter)
+        if (save or stop) and state.step < settings.max_steps:
             reporter.keep_unsent()
-            save_checkpoint(state, checkpoints, means, rank, wait=False)
+            save_checkpoint(state, checkpoints, means, rank, wait=stop)
+            if stop:
+                raise Stopped
     means = reporter.report(lr) or means
     save_checkpoint(state, checkpoints, means, rank, wait=True)
 
@@ -383,20 +422,31 @@ def train_stages(
         ),
     )
     try:
-        fit_interruptibly(trainer)
+        fit_interruptibly(trainer, board)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
         raise TrainingFailed(f"training failed: {reason_of(failures, error)}") from error
     if failure.is_file():
         raise TrainingFailed(f"training failed: {failure.read_text(encoding='utf-8')}")
+    if not all(Path(job.record).is_file() for job in stages):
+        raise SystemExit(143)  # as after any SIGTERM; nothing else lets the workers leave early
     Checkpoints(place).delete()
 
 
-def fit_interruptibly(trainer: TorchTrainer) -> Result:
+def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Result:
     """`trainer.fit()`, beside the main thread: there it would put a SIGINT handler of its own in place that ends the
     process without the clean-up of its callers (and with status 0).
+
+    A SIGTERM, as a spot machine or `ray job stop` sends it, has the workers save a checkpoint and leave; a second one
+    ends this process at once.
     """
     done: Future[Result] = Future()
+    ended_by = signal.getsignal(signal.SIGTERM)
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, ended_by)
+        cast(Any, board).add.remote("  training    stops after a checkpoint; the same command goes on from there")
+        cast(Any, board).ask_to_stop.remote()
 
     def fit() -> None:
         try:
@@ -405,7 +455,13 @@ def fit_interruptibly(trainer: TorchTrainer) -> Result:
             done.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
-    return done.result()
+    if board is None or threading.current_thread() is not threading.main_thread():
+        return done.result()
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        return done.result()
+    finally:
+        signal.signal(signal.SIGTERM, ended_by)
 
 
 def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:

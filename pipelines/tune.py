@@ -17,6 +17,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines.cli import UsageError, parse_config
 from pipelines.cluster import quiet_ray, ray_session
+from pipelines.evaluation import answer_rows, score_rows
 from pipelines.plain import device_of, train_plainly
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.run import prepare_step, run_lock, say
@@ -26,7 +27,6 @@ from pipelines.train import STAGES
 from yan_core.config import RunConfig, from_dict, to_dict, unknown_name
 from yan_core.files import write_file
 from yan_core.generator import TextGenerator
-from yan_core.metrics import METRICS
 from yan_core.model import build_model
 from yan_core.tasks import get_task
 
@@ -102,7 +102,7 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
     tracker.params(settings)
     model = build_model(chosen.model, data.tokenizer.vocab_size, chosen.seed).to(device_of(chosen.scaling.use_gpu))
     generator = TextGenerator(model, data.tokenizer, model_details(chosen))
-    rows = data.validation(chosen.evaluation.max_rows)
+    rows, metric = data.validation(chosen.evaluation.max_rows), get_task(chosen.data.task).metric
     status = "KILLED"  # by the scheduler, unless it comes to its end
     try:
         for stage in STAGES:
@@ -110,7 +110,9 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
 
             def after(step: int, metrics: dict[str, Any], stage: str = stage, last: int = last) -> bool:
                 if stage == "finetune" and (step % every == 0 or step == last):
-                    quality = score(generator, rows, chosen)
+                    model.eval()
+                    answers = answer_rows(generator, rows, 3, chosen.evaluation)
+                    quality = score_rows(generator, metric, rows, answers)
                     tracker.metrics({"tune/quality": quality, "tune/loss": float(metrics["loss"])}, step)
                     tune.report({"quality": quality, "step": step})
                 return True
@@ -120,18 +122,6 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
         status = "FINISHED"
     finally:
         tracker.finish(status)
-
-
-def score(generator: TextGenerator, rows: list[dict[str, Any]], config: RunConfig) -> float:
-    """The task's metric on rows at three solver steps."""
-    generator.model.eval()
-    size, answers = config.evaluation.batch_size, []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        found = generator.generate([r["source"] for r in part], 3, seeds=list(range(start, start + len(part))))
-        answers += [a.text for a in found]
-    references = [[generator.tokenizer.normalize(a) for a in r["answers"]] for r in rows]
-    return METRICS[get_task(config.data.task).metric](answers, references)
 
 
 def search(

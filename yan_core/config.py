@@ -576,7 +576,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured after training."""
+    """What is measured after training, and in its midst."""
 
     num_steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     """Solver steps to evaluate the one model at."""
@@ -586,13 +586,24 @@ class EvaluationConfig:
     """Rows of a batch."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and candidates."""
+    every_steps: int = 0
+    """Steps of the fine-tuning between measurements on the first `rows_while_training` validation rows; 0: none."""
+    rows_while_training: int = 200
+    """Validation rows of a measurement while training."""
+    keep: Literal["last", "best"] = "last"
+    """Weights that the fine-tuning leaves: those of its last step, or those measured best, over all `num_steps`."""
 
     def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"evaluation.every_steps must be >= 0, got {self.every_steps}")
+        _require(
+            self.keep == "last" or self.every_steps > 0,
+            "evaluation.keep=best wants evaluation.every_steps > 0: nothing is measured while training",
+        )
         _require(
             len(self.num_steps) > 0 and min(self.num_steps) >= 1,
             f"evaluation.num_steps must name step counts >= 1, got {self.num_steps}",
         )
-        for name in ("max_rows", "batch_size"):
+        for name in ("max_rows", "batch_size", "rows_while_training"):
             value = getattr(self, name)
             _require(value >= 1, f"evaluation.{name} must be >= 1, got {value}")
 

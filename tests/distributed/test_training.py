@@ -56,19 +56,29 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
 
 
 def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
-    """Kill -9 a worker, then interrupt the driver, then run again: one MLflow run, all stages done."""
-    every = ("--stages.finetune.max_steps", "80", "--log_every_s", "0")
+    """Kill -9 a worker, interrupt the driver, terminate it, run again: one MLflow run, all stages done."""
+    every = ("--stages.finetune.max_steps", "160", "--log_every_s", "0", "--evaluation.every_steps", "80")
+    every += ("--evaluation.keep", "best", "--evaluation.rows_while_training", "10")
     often = ("--scaling.checkpoint_every_s", "1")
     goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
     process, log = start(tiny_config, *every, *often)
-    wait_for(r"finetune +(1\d|2\d|3\d)/80", log, process)
+    wait_for(r"finetune +(1\d|2\d|3\d)/160", log, process)
     os.kill(workers_of(process)[0].pid, signal.SIGKILL)
     first = int(wait_for(goes_on, log, process)[1])
-    assert 0 < first < 80
-    wait_for(rf"step {first}\n(.*\n)*  finetune +\d+/80", log, process)
+    assert 0 < first < 160
+    wait_for(rf"step {first}\n(.*\n)*  finetune +\d+/160", log, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(90) == 130
     assert "the same command goes on from here" in log.read_text()
+
+    # A SIGTERM loses no step at all.
+    process, log = start(tiny_config, *every)
+    wait_for(rf"{goes_on}\n(.*\n)*  finetune +\d+/160", log, process)
+    process.terminate()
+    assert process.wait(90) == 143
+    assert "stops after a checkpoint; the same command goes on from there" in log.read_text()
+    left_at = int(re.findall(r"  finetune +(\d+)/160", log.read_text())[-1])
+    assert first <= left_at < 160
 
     process, log = start(tiny_config, *every)
     assert process.wait(240) == 0, log.read_text()
@@ -77,20 +87,25 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     assert "autoencoder: done before, inputs unchanged" in text
     assert "flow: done before, inputs unchanged" in text
     second = re.search(goes_on, text)
-    assert second is not None and int(second[1]) >= first
-    assert "80/80" in text
+    assert second is not None and int(second[1]) == left_at
+    assert "80/160" in text
     (run,) = mlflow_runs(tiny_config)
     assert run.info.status == "FINISHED"
 
     # Everything promised is in the run.
-    assert run.data.params["stages.finetune.max_steps"] == "80"
+    assert run.data.params["stages.finetune.max_steps"] == "160"
     assert {"finetune/train/loss", "finetune/train/loss_flow", "eval/exact_match", "eval/exact_match/where"} <= set(
         run.data.metrics
     )
     assert any(name.startswith("system/") for name in run.data.metrics)
+    assert {"finetune/validation/exact_match", "finetune/validation/exact_match_3_steps"} <= set(run.data.metrics)
     client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
+    measured = client.get_metric_history(run.info.run_id, "finetune/validation/exact_match")
+    assert sorted({m.step for m in measured}) == [80, 160]
     pictures = {"quality_by_steps.png", "experts_by_position.png", "paths.png"}
-    assert {"config.json", "examples.json", *pictures} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"config.json", "examples.json", "samples.json", *pictures} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
     assert {"data/rows/finetune", "data/tokens", "data/bad_rows/train"} <= set(run.data.metrics)
     assert {used.dataset.name for used in run.inputs.dataset_inputs} == {"small", "stories"}
     # Steps that were done again after a restart gave the same losses, and so did every step in between.
@@ -98,7 +113,7 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     for metric in client.get_metric_history(run.info.run_id, "finetune/train/loss"):
         losses.setdefault(metric.step, []).append(metric.value)
     again = [values for values in losses.values() if len(values) > 1]
-    assert sorted(losses) == list(range(1, 81)) and again
+    assert sorted(losses) == list(range(1, 161)) and again
     assert max(max(values) - min(values) for values in again) < 1e-6
     version = client.get_model_version_by_alias("yan-tiny", "champion")
     assert version.run_id == run.info.run_id

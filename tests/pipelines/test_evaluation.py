@@ -1,15 +1,18 @@
 """Scores of a saved model on given rows."""
 
+from dataclasses import replace
+
 import pytest
 
 import yan_core
 from pipelines.evaluation import evaluate_model, summary
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
-from yan_core.config import SamplingConfig, TokenizerConfig
+from yan_core.config import EvaluationConfig, SamplingConfig, TokenizerConfig
 from yan_core.model import build_model
 from yan_core.tokenization import Tokenizer
 
+TWO_STEPS = EvaluationConfig(num_steps=(2,))
 TEXTS = ["Mary went to the Kitchen", "Where is Mary?", "John took the Ball"]
 DETAILS = {"task": "question_answering", "max_source_tokens": 16, "max_target_tokens": 4}
 
@@ -36,7 +39,7 @@ def test_case_counts_unless_the_tokenizer_lowers_it(model_folder):
     folder, lowercase = model_folder
     rows = rows_with_own_answers(folder, str.swapcase)
     with_case = [row for row in rows if row["answers"][1].lower() != row["answers"][1].upper()]
-    (quality,) = evaluate_model(folder, rows, [2], batch_size=5)
+    (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, batch_size=5))
     expected = 1 if lowercase else 1 - len(with_case) / len(rows)
     assert with_case and quality.value == pytest.approx(expected)
 
@@ -45,10 +48,10 @@ def test_a_row_keeps_its_seed_in_any_batch_and_kinds_have_their_own_figure(model
     folder, _ = model_folder
     rows = rows_with_own_answers(folder, str)
     for batch_size in (1, 5, 64):
-        (quality,) = evaluate_model(folder, rows, [2], batch_size)
+        (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, batch_size=batch_size))
         assert quality.value == 1 and quality.by_kind == {"a": 1.0, "b": 1.0}
     rows[0]["answers"] = ["something else"]
-    (quality,) = evaluate_model(folder, rows, [2], 64)
+    (quality,) = evaluate_model(folder, rows, TWO_STEPS)
     wrong, right = rows[0]["kind"], {"a": "b", "b": "a"}[rows[0]["kind"]]
     assert quality.by_kind[wrong] < quality.value < quality.by_kind[right] == 1
     written = summary(quality, len(rows), folder, "rows.parquet")
@@ -64,7 +67,7 @@ def test_a_model_is_scored_with_its_own_lengths_and_with_the_true_ones(tmp_path,
     rows = [{"source": text, "answers": [""]} for text in TEXTS]
     for i, row in enumerate(rows):  # the reference is what it says when told to say one token
         row["answers"] = [generator.generate([row["source"]], 2, seeds=i, lengths=[1])[0].text]
-    (quality,) = evaluate_model(tmp_path / "model", rows, [2], 8)
+    (quality,) = evaluate_model(tmp_path / "model", rows, TWO_STEPS)
     own = [generator.generate([row["source"]], 2, seeds=i)[0].text for i, row in enumerate(rows)]
     assert quality.oracle_value == 1
     assert quality.value == sum(a == r["answers"][0] for a, r in zip(own, rows, strict=True)) / 3 < 1
@@ -76,10 +79,11 @@ def test_trunk_passes_are_reported_as_they_are(model_folder):
     folder, _ = model_folder
     rows = rows_with_own_answers(folder, str)
     guided = SamplingConfig(guidance_scale=2.0, method="midpoint")
-    (plain,), (dear,) = (evaluate_model(folder, rows, [3], 8, sampling=s) for s in (None, guided))
+    three = EvaluationConfig(num_steps=(3,))
+    (plain,), (dear,) = (evaluate_model(folder, rows, how) for how in (three, replace(three, sampling=guided)))
     assert (plain.nfe, dear.nfe) == (3, 12)
 
 
 def test_nothing_to_score_is_an_error(model_folder):
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate_model(model_folder[0], [], [1], 8)
+        evaluate_model(model_folder[0], [], TWO_STEPS)

@@ -15,6 +15,7 @@ from pipelines.plan import (
     lost_share,
     make_plan,
     num_parameters,
+    peak_flops,
     row_flops,
     simulate,
 )
@@ -113,3 +114,9 @@ def test_the_command_prints_a_table(capsys):
     assert "8 workers" in out and "512 workers" in out and "bottleneck" in out and "checkpoint every" in out
     assert main(["plan", "--config", config, "--gpus", "0", "--tokens", "1"]) == 2
     assert "--gpus and --tokens must be above 0" in capsys.readouterr().err
+
+
+def test_a_gpu_is_known_by_its_drivers_name():
+    assert peak_flops("NVIDIA H200") == HARDWARE["h200"].flops_per_s
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("Tesla T4") is None

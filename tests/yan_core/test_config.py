@@ -202,6 +202,8 @@ def test_a_value_out_of_range_is_refused_under_its_dotted_key(values: dict[str, 
         (StageConfig, {"max_steps": -1}, r"stage\.max_steps must be >= 0, got -1"),
         (StageConfig, {"batch_size": 0}, r"stage\.batch_size must be >= 1, got 0"),
         (StageConfig, {"trains": ()}, r"stage\.trains must name at least one part"),
+        (EvaluationConfig, {"every_steps": -1}, r"evaluation\.every_steps must be >= 0, got -1"),
+        (EvaluationConfig, {"keep": "best"}, r"evaluation\.keep=best wants evaluation\.every_steps > 0"),
         (
             DatasetConfig,
             {"held_out": 0.1, "validation": "v"},
