@@ -45,7 +45,9 @@ def test_the_share_of_the_peak_is_what_was_computed_in_the_time_it_took():
         reporter.add({"loss": torch.tensor(2.0), "grad_norm": torch.tensor(1.0)}, batch, num_steps, 0.0)
     reporter.report(lr=1e-3)
     (rows, source), target = batch.source_ids.shape, batch.target_ids.shape[1]
-    computed = sum(rows * sum(row_flops(Job(tiny_config(max_positions=96), 20, source, target, rows, n, 0, 1))) for n in (1, 4))
+    computed = sum(
+        rows * sum(row_flops(Job(tiny_config(max_positions=96), 20, source, target, rows, n, 0, 1))) for n in (1, 4)
+    )
     seconds = 2 * tracker.values["finetune/perf/step_ms"] / 1000
     assert tracker.values["finetune/perf/mfu"] * seconds * 1e9 == pytest.approx(computed)
     assert tracker.values["finetune/train/loss"] == 2
