@@ -5,17 +5,17 @@ BIN := $(VENV)/bin
 PLAIN := not gpu and not cluster and not soak
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
-.PHONY: quickstart test test-ray test-rest test-fast lint format constraints clean
+.PHONY: quickstart test test-runs test-rest test-fast lint format constraints clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
 
-# In two processes, one of them for all that starts a Ray, which waits more than it computes. Status 5: none was asked for.
+# In two processes, one of them for whole runs, which wait more than they compute. Status 5: none was asked for.
 test: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=none test-ray test-rest
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=none test-runs test-rest
 
-test-ray test-rest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )ray and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+test-runs test-rest: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )(e2e or distributed) and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"

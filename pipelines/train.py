@@ -247,8 +247,6 @@ class Clock:
         if look:
             self.looked_at = now
             save |= self._about_to_end()
-        if save:
-            self.saved_at = now
         return report, save, stop
 
     def _asked_to_stop(self, now: float) -> bool:
@@ -338,6 +336,7 @@ def train_one_stage(
             save_checkpoint(state, checkpoints, means, rank, wait=stop)
             if stop:
                 raise Stopped
+            clock.saved_at = time.perf_counter()  # it may have waited until the one before was written
     means = reporter.report(lr) or means
     save_checkpoint(state, checkpoints, means, rank, wait=True)
 

@@ -1,6 +1,15 @@
-"""What every test needs: quiet libraries, and a tiny run on the built-in world."""
+"""What every test needs: quiet libraries, and a tiny run on the built-in world.
 
+`make test` runs two processes beside each other: one for whole runs (e2e, distributed), which wait more than they
+compute, and one for all else.
+"""
+
+import fcntl
 import os
+import tempfile
+import urllib.request
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -11,6 +20,21 @@ import torch  # noqa: E402
 from yan_core.config import RunConfig, from_dict  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """README's commands first and what starts a Ray last, since the two must not meet."""
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, item.get_closest_marker("ray") is not None))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """README's `ray stop` ends every Ray of the machine: other tests that start one wait for it."""
+    if item.get_closest_marker("ray") is None:
+        return (yield)
+    with (Path(tempfile.gettempdir()) / f"yan-tests-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("e2e") else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +49,28 @@ def mlflow_left_as_it_was():
         mlflow.set_registry_uri(None)  # type: ignore[arg-type]
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of an empty S3 bucket of a server in this process, for every process that is started from here."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "any",
+        "AWS_SECRET_ACCESS_KEY": "any",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/yan", method="PUT")).close()
+    yield "s3://yan"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -55,9 +55,10 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
     return client.search_runs([experiment.experiment_id])
 
 
-def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
-    """Kill -9 a worker, interrupt the driver, terminate it, run again: one MLflow run, all stages done."""
+def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, bucket):
+    """Kill -9 a worker, interrupt the driver, terminate it, run again: one MLflow run, all stages done; checkpoints in a bucket."""
     every = ("--stages.finetune.max_steps", "160", "--log_every_s", "0", "--evaluation.every_steps", "80")
+    every += ("--scaling.storage", f"{bucket}/checkpoints")
     every += ("--evaluation.keep", "best", "--evaluation.rows_while_training", "10")
     often = ("--scaling.checkpoint_every_s", "1")
     goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
@@ -132,7 +133,8 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config):
     assert process.wait(120) == 0
     assert "evaluate, register: done before, inputs unchanged" in log.read_text()
     assert "not done yet" not in log.read_text()
-    process, log = start(tiny_config, *every, "--stages.finetune.optim.lr", "5e-4")
+    fewer = ("--scaling.num_workers", "[1,2]")  # or as many as there is room for
+    process, log = start(tiny_config, *every, *fewer, "--stages.finetune.optim.lr", "5e-4")
     assert process.wait(240) == 0, log.read_text()
     assert "flow: done before, inputs unchanged" in log.read_text()
     assert "finetune: inputs changed (stages.finetune.optim.lr: 0.001 -> 0.0005)" in log.read_text()

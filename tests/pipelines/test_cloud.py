@@ -1,0 +1,65 @@
+"""A bucket in place of folders: data sets are read from it, checkpoints are kept in it."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs
+
+from pipelines.checkpoints import Checkpoints
+from pipelines.cluster import ray_session
+from pipelines.prepare import prepare
+from pipelines.sources import DataError
+from tests.pipelines.test_checkpoints import NAMES, at, write
+from yan_core.checkpoint import CheckpointError
+from yan_core.config import RunConfig, from_dict
+
+pytestmark = pytest.mark.ray
+
+ROWS = [{"context": f"Mary went to room {i}.", "question": "Where?", "answer": f"room {i}"} for i in range(40)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray(bucket):  # whose workers inherit the environment that `bucket` set
+    with ray_session(1, 1):
+        yield
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(bucket):
+    checkpoints = Checkpoints(f"{bucket}/checkpoints")
+    assert checkpoints.newest() is None
+    for step, name in enumerate(NAMES):
+        write(checkpoints, name, step)
+    assert checkpoints.newest() == (NAMES[2], at(2))
+    store, path = fs.FileSystem.from_uri(f"{bucket}/checkpoints/{NAMES[2]}/model/weights")
+    with store.open_output_stream(path) as out:
+        out.write(b"other weights")
+    with pytest.raises(CheckpointError, match="model/weights is damaged"):
+        checkpoints.verify(NAMES[2])
+    found = checkpoints.decide(["f"])
+    assert found == checkpoints.decided() == (NAMES[1], at(1))
+    with checkpoints.fetch(NAMES[1]) as folder:
+        assert (folder / "model" / "weights").read_text() == "weights of step 1"
+    checkpoints.remove(NAMES[1])
+    assert checkpoints.names() == [NAMES[2], NAMES[0]]
+    checkpoints.delete()
+    assert checkpoints.names() == []
+
+
+def test_a_data_set_in_a_bucket_gives_the_same_shards(bucket, tmp_path):
+    for split, rows in (("train", ROWS[:30]), ("validation", ROWS[30:])):
+        local = tmp_path / f"{split}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), local)
+        fs.copy_files(f"file://{local}", f"{bucket}/data/{split}.parquet")
+
+    def config(root: str) -> RunConfig:
+        own = {"format": "parquet", "train": "train.parquet", "validation": "validation.parquet"}
+        return from_dict(RunConfig, {"data": {"dataset": "own", "datasets": {"own": own}, "root": root}})
+
+    near = prepare(config(str(tmp_path)), tmp_path / "near", lambda _: None)
+    far = prepare(config(f"{bucket}/data"), tmp_path / "far", lambda _: None)
+    assert far.manifest["rows"]["finetune"] == 30 and far.manifest["rows"]["validation"] == 10
+    assert [f["sha256"] for f in far.manifest["files"].values()] == [
+        f["sha256"] for f in near.manifest["files"].values()
+    ]
+    with pytest.raises(DataError, match="no file at s3://yan/elsewhere/train.parquet"):
+        prepare(config(f"{bucket}/elsewhere"), tmp_path / "none", lambda _: None)
