@@ -50,7 +50,8 @@ def start(config: RunConfig, address: str | None) -> tuple[subprocess.Popen, Pat
     folder = Path(config.runs_dir)
     file, log = folder / f"{config.name}.yaml", folder / f"{config.name}.{time.monotonic_ns()}.log"
     file.write_text(yaml.safe_dump(to_dict(config)))
-    environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # else each checkpoint waits for two seconds
+    # else each checkpoint waits for two seconds
+    environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
     if address:
         environment["RAY_ADDRESS"] = address
     command = [sys.executable, "-m", "pipelines", "run", "--config", str(file)]

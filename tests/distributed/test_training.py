@@ -56,7 +56,7 @@ def mlflow_runs(config) -> list[mlflow.entities.Run]:
 
 
 def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, bucket):
-    """Kill -9 a worker, interrupt the driver, terminate it, run again: one MLflow run, all stages done; checkpoints in a bucket."""
+    """Kill -9 a worker, interrupt the driver, terminate it, run again: one MLflow run, checkpoints in a bucket."""
     every = ("--stages.finetune.max_steps", "160", "--log_every_s", "0", "--evaluation.every_steps", "80")
     every += ("--scaling.storage", f"{bucket}/checkpoints")
     every += ("--evaluation.keep", "best", "--evaluation.rows_while_training", "10")
