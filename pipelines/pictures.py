@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yan_core.batching import pad_rows
 from yan_core.checkpoint import from_pretrained
+from yan_core.model import YanModel
 from yan_core.moe import scope_length
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.path import straight_path
@@ -49,8 +50,13 @@ def follow(folder: Path, rows: Sequence[dict[str, Any]], num_steps: int = 8) -> 
         folder: Model folder.
         rows: `source` and `target` texts.
         num_steps: Euler steps.
+
+    Raises:
+        ValueError: If the model is a baseline.
     """
     model, tokenizer, details = from_pretrained(folder)
+    if not isinstance(model, YanModel):
+        raise ValueError(f"{folder} is a baseline, which has no way from noise to text")
     length = details["max_target_tokens"]
     keep = get_task(details["task"]).keep
     sources = tokenizer.encode_batch([r["source"] for r in rows], details["max_source_tokens"], keep)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipelines.loader import StageBatches, ahead
 from pipelines.prepare import Prepared
 from pipelines.stream import ReadLane, StageStream, stage_order
+from yan_core.baselines import Baseline
 from yan_core.config import RunConfig, StageConfig
 from yan_core.loss import Objective
 from yan_core.model import YanModel
@@ -24,7 +25,7 @@ from yan_core.training import (
 
 
 def train_plainly(
-    model: YanModel,
+    model: YanModel | Baseline,
     config: RunConfig,
     prepared: Prepared,
     stage: str,

@@ -31,7 +31,7 @@ from pipelines.state import StageJob
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import STAGES, train_stages
 from yan_core.checkpoint import CheckpointError, read_config
-from yan_core.config import ModelConfig, RunConfig, from_dict, to_dict
+from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
 from yan_core.tasks import get_task
 
@@ -106,16 +106,23 @@ def with_architecture_of_start(config: RunConfig) -> RunConfig:
     """The config with the architecture of the model it starts from, which is kept; unchanged where it starts afresh."""
     if not config.init_from:
         return config
-    return dataclasses.replace(config, model=from_dict(ModelConfig, read_config(config.init_from)["model"], "model"))
+    found = read_config(config.init_from)
+    if ("baseline" in found) != (config.baseline is not None):
+        kind = "a baseline" if "baseline" in found else "YAN"
+        raise ValueError(f"init_from={config.init_from} is {kind}, and the config's section `baseline` says otherwise")
+    if config.baseline is not None:
+        return dataclasses.replace(config, baseline=from_dict(BaselineConfig, found["baseline"], "baseline"))
+    return dataclasses.replace(config, model=from_dict(ModelConfig, found["model"], "model"))
 
 
 def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
     """What a stage's model depends on, the step before included."""
     values = to_dict(config)
     loss = "autoencoder_loss" if stage == "autoencoder" else "flow_loss"
+    architecture = {"model": values["model"]} if config.baseline is None else {"baseline": values["baseline"]}
     inputs = {
         "stages": {stage: values["stages"][stage]},
-        "model": values["model"],
+        **architecture,
         loss: values[loss],
         "data": {name: values["data"][name] for name in ("pool_batches", "lanes", "max_target_tokens")},
         "seed": config.seed,
@@ -322,10 +329,11 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     middle = quality[len(quality) // 2]
     tracker.table([{**e, "num_steps": str(middle.num_steps)} for e in middle.examples], "examples.json")
     tracker.quality_picture({q.num_steps: q.value for q in quality}, middle.metric, config.name)
-    journey = follow(model, rows[:64])
-    tracker.figure(draw_usage(journey), "experts_by_position.png")
-    tracker.figure(draw_paths(journey), "paths.png")
-    tracker.metrics({"eval/straightness": straightness(journey)}, step=0)
+    if config.baseline is None:
+        journey = follow(model, rows[:64])
+        tracker.figure(draw_usage(journey), "experts_by_position.png")
+        tracker.figure(draw_paths(journey), "paths.png")
+        tracker.metrics({"eval/straightness": straightness(journey)}, step=0)
     return quality
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.checkpoints import Position
 from pipelines.order import StageOrder
+from yan_core.baselines import Baseline
 from yan_core.checkpoint import from_pretrained, save_pretrained
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig, RunConfig, StageConfig
 from yan_core.loss import Objective
@@ -62,7 +63,7 @@ class StageState:
         self,
         config: RunConfig,
         job: StageJob,
-        model: YanModel,
+        model: YanModel | Baseline,
         tokenizer: Tokenizer,
         order: StageOrder,
         checkpoint: tuple[Path, Position] | None = None,
@@ -87,7 +88,8 @@ class StageState:
         if folder is not None:
             model.load_state_dict(from_pretrained(folder / "model")[0].state_dict())
         freeze_all_but(model, self.settings.trains)
-        model.recompute(config.scaling.recompute)
+        if isinstance(model, YanModel):
+            model.recompute(config.scaling.recompute)
         self.objective = Objective(model, self.loss_config)
         """What a step computes."""
         if config.scaling.strategy == "fsdp":

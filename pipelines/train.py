@@ -46,6 +46,7 @@ from pipelines.sources import DataError
 from pipelines.state import StageJob, StageState
 from pipelines.stream import open_stream, stage_order
 from pipelines.validation import Validation
+from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.checkpoint import from_pretrained
 from yan_core.config import RunConfig, from_dict, to_dict
@@ -176,14 +177,14 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
     found = checkpoints.decided()
     jobs, _ = left_from(stream.jobs, found[1] if found else None)
     batches = StageBatches(open_blocks(ray.train.get_dataset_shard("training")), config, rank, workers)
-    model: YanModel | None = None
+    model: YanModel | Baseline | None = None
     held = ""  # folder of the trained model in memory
     for job in jobs:
         if model is None or job.init_from != held:
             if job.init_from:
                 model, _, _ = from_pretrained(job.init_from)
             else:
-                model = build_model(config.model, tokenizer.vocab_size, config.seed)
+                model = build_model(config.architecture, tokenizer.vocab_size, config.seed)
             model = model.to(device)
         order = stage_order(prepared, job.stage, config)
         if found is None:

@@ -100,7 +100,8 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
     name = tune.get_context().get_trial_id()
     tracker = Tracker.child(*parent, name)
     tracker.params(settings)
-    model = build_model(chosen.model, data.tokenizer.vocab_size, chosen.seed).to(device_of(chosen.scaling.use_gpu))
+    device = device_of(chosen.scaling.use_gpu)
+    model = build_model(chosen.architecture, data.tokenizer.vocab_size, chosen.seed).to(device)
     generator = TextGenerator(model, data.tokenizer, model_details(chosen))
     rows, metric = data.validation(chosen.evaluation.max_rows), get_task(chosen.data.task).metric
     status = "KILLED"  # by the scheduler, unless it comes to its end

@@ -51,8 +51,8 @@ class Validation:
         self.metric = get_task(state.config.data.task).metric
         self.device = next(state.model.parameters()).device
         # A model of its own: that of the stage may be sharded, is in training mode, and has no averaged weights.
-        copy = build_model(state.config.model, state.tokenizer.vocab_size, state.config.seed).to(self.device).eval()
-        self.generator = TextGenerator(copy, state.tokenizer, model_details(state.config))
+        copy = build_model(state.config.architecture, state.tokenizer.vocab_size, state.config.seed).to(self.device)
+        self.generator = TextGenerator(copy.eval(), state.tokenizer, model_details(state.config))
         held = self._held()
         self.best = held[0] if held else -1.0
 

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from yan_core.config import ModelConfig, from_dict, to_dict
+from yan_core.config import BaselineConfig, ModelConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, code_commit, sha256_file
 from yan_core.model import YanModel, build_model
 from yan_core.tokenization import Tokenizer
 
 if TYPE_CHECKING:
+    from yan_core.baselines import Baseline
     from yan_core.generator import TextGenerator
 
 FORMAT_VERSION = 2
@@ -37,7 +38,7 @@ class CheckpointError(ValueError):
 
 def save_pretrained(
     folder: str | Path,
-    model: YanModel,
+    model: YanModel | Baseline,
     tokenizer: Tokenizer,
     details: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
@@ -63,7 +64,7 @@ def save_pretrained(
             "yan_version": __version__,
             "commit": code_commit(),
             "vocab_size": model.vocab_size,
-            "model": to_dict(model.config),
+            "baseline" if isinstance(model.config, BaselineConfig) else "model": to_dict(model.config),
             "details": details,
             "sha256": {name: sha256_file(scratch / name) for name in ("model.safetensors", "tokenizer.json")},
         }
@@ -93,7 +94,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{path} has format_version {version!r}, this code reads {FORMAT_VERSION}; "
             "use the version of YAN that wrote it"
         )
-    missing = {"vocab_size", "model", "details", "sha256"} - set(config)
+    missing = {"vocab_size", "details", "sha256"} - set(config)
+    if not {"model", "baseline"} & set(config):
+        missing.add("model")
     if "details" not in missing:
         missing |= {f"details.{name}" for name in DETAILS if name not in config["details"]}
     if missing:
@@ -112,8 +115,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def from_pretrained(
     folder: str | Path, device: str | torch.device = "cpu"
-) -> tuple[YanModel, Tokenizer, dict[str, Any]]:
-    """Read a model folder.
+) -> tuple[YanModel | Baseline, Tokenizer, dict[str, Any]]:
+    """Read a model folder, of YAN or of a baseline.
 
     Args:
         folder: Written by `save_pretrained`.
@@ -127,10 +130,13 @@ def from_pretrained(
     """
     config = read_config(folder)
     try:
-        model_config = from_dict(ModelConfig, config["model"], "model")
+        if "baseline" in config:
+            architecture = from_dict(BaselineConfig, config["baseline"], "baseline")
+        else:
+            architecture = from_dict(ModelConfig, config["model"], "model")
     except ValueError as error:
         raise CheckpointError(f"{Path(folder) / 'config.json'} describes no model of this code: {error}") from error
-    model = build_model(model_config, config["vocab_size"], seed=0)
+    model = build_model(architecture, config["vocab_size"], seed=0)
     weights = Path(folder) / "model.safetensors"
     try:
         model.load_state_dict(load_file(weights, device=str(device)), assign=True)

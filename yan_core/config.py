@@ -193,6 +193,72 @@ class ModelConfig:
         return self.latent_dim or self.d_model
 
 
+Family = Literal["ar", "encoder_decoder", "masked_diffusion"]
+"""What YAN is measured against: an autoregressive decoder (GPT-2), an autoregressive encoder-decoder (BART), and masked
+diffusion (LLaDA, MDLM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """Architecture of a model that YAN is measured against: Transformer blocks, feed-forward layers 4 d_model wide."""
+
+    family: Family = "ar"
+    """Which of them."""
+    d_model: int = 128
+    """Width of every layer."""
+    num_blocks: int = 4
+    """Blocks; of an encoder-decoder so many in each half."""
+    num_heads: int = 2
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout of embeddings and after each sub-layer, in training only."""
+    max_positions: int = 512
+    """Longest source and target together, in tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_blocks", "num_heads", "max_positions"):
+            value = getattr(self, name)
+            _require(value >= 1, f"baseline.{name} must be >= 1, got {value}")
+        _require(
+            self.d_model % (2 * self.num_heads) == 0,
+            f"baseline.d_model={self.d_model} must be a multiple of 2 * baseline.num_heads={2 * self.num_heads}",
+        )
+        _require(0 <= self.dropout < 1, f"baseline.dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the blocks: embeddings, vocabulary head, biases and norms left out."""
+        a_block = (
+            28 if self.family == "encoder_decoder" else 12
+        )  # attention 4, feed-forward 8; a decoder's has two of 4
+        return a_block * self.num_blocks * self.d_model**2
+
+    @staticmethod
+    def of_size(num_parameters: int, family: Family = "ar", **settings: Any) -> BaselineConfig:
+        """The shape within 5 % of so many parameters whose width is nearest to 64 times its depth, as in GPT-2 small.
+
+        Heads are 64 wide, or the width is a multiple of 8 and there is one head where the model is tiny.
+
+        Args:
+            num_parameters: See `num_parameters`.
+            family: Which baseline.
+            settings: Other fields.
+        """
+        step = 64 if num_parameters >= 1e6 else 8
+
+        def nearest(blocks: int) -> BaselineConfig:
+            one = BaselineConfig(family=family, d_model=8, num_blocks=blocks, num_heads=1).num_parameters / 64
+            width = max(step, step * round(math.sqrt(num_parameters / one) / step))
+            return BaselineConfig(
+                family=family, d_model=width, num_blocks=blocks, num_heads=max(1, width // 64), **settings
+            )
+
+        shapes = [nearest(blocks) for blocks in range(1, 65)]
+        error = {shape: abs(shape.num_parameters / num_parameters - 1) for shape in shapes}
+        close = [shape for shape in shapes if error[shape] <= max(0.05, min(error.values()))]
+        return min(close, key=lambda shape: abs(math.log(shape.d_model / (64 * shape.num_blocks))))
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLossConfig:
     """Stage 1: denoising autoencoder (arXiv:2604.15009, stage 1)."""
@@ -642,6 +708,8 @@ class RunConfig:
     """Text to token ids."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Architecture."""
+    baseline: BaselineConfig | None = None
+    """A model to train in place of YAN, on the same batches, to measure it against; it has no autoencoder."""
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     """Objective of stage 1."""
     flow_loss: FlowLossConfig = field(default_factory=FlowLossConfig)
@@ -668,6 +736,8 @@ class RunConfig:
             longest <= self.model.max_positions,
             f"model.max_positions={self.model.max_positions} is below the longest sequence of data.*_tokens, {longest}",
         )
+        if self.baseline is not None:
+            self._check_baseline(self.baseline)
         for stage in dataclasses.fields(self.stages):
             batch_size, lanes = getattr(self.stages, stage.name).batch_size, self.data.lanes
             for workers in range(self.scaling.min_workers, self.scaling.max_workers + 1):
@@ -676,6 +746,29 @@ class RunConfig:
                     f"scaling.num_workers={workers} must divide both stages.{stage.name}.batch_size={batch_size} and "
                     f"data.lanes={lanes}: a worker takes whole lanes",
                 )
+
+    def _check_baseline(self, baseline: BaselineConfig) -> None:
+        _require(
+            self.stages.autoencoder.max_steps == 0,
+            "stages.autoencoder.max_steps must be 0 with a baseline, which has no autoencoder, "
+            f"got {self.stages.autoencoder.max_steps}",
+        )
+        _require(
+            self.scaling.strategy == "ddp" and not self.scaling.recompute,
+            "scaling.strategy must be ddp and scaling.recompute false with a baseline",
+        )
+        longest = self.data.max_source_tokens + self.data.max_target_tokens
+        if self.stages.flow.max_steps:
+            longest = max(longest, 2 * self.data.window_tokens)
+        _require(
+            longest <= baseline.max_positions,
+            f"baseline.max_positions={baseline.max_positions} is below source and target together, {longest}",
+        )
+
+    @property
+    def architecture(self) -> ModelConfig | BaselineConfig:
+        """Of what is trained: YAN, or the baseline in its place."""
+        return self.model if self.baseline is None else self.baseline
 
 
 def to_dict(config: Any) -> dict[str, Any]:

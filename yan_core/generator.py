@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yan_core.baselines import Baseline
 from yan_core.batching import pad_rows
 from yan_core.config import Method, Ranking
 from yan_core.graphs import GraphCache
@@ -53,7 +54,7 @@ class TextGenerator:
     """A loaded model that answers texts."""
 
     def __init__(
-        self, model: YanModel, tokenizer: Tokenizer, details: dict[str, Any], use_graphs: bool = False
+        self, model: YanModel | Baseline, tokenizer: Tokenizer, details: dict[str, Any], use_graphs: bool = False
     ) -> None:
         """Join model, tokenizer and the details they were saved with.
 
@@ -119,8 +120,6 @@ class TextGenerator:
         places = self.max_target_tokens if max_tokens is None else max_tokens
         encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
         rows: list[list[int]] = []
-        passes = evaluation_times(time_grid(num_steps), method)
-        nfe = len(passes) * (1 if guidance_scale == 1.0 else 2)
         how: dict[str, Any] = {
             "num_steps": num_steps,
             "method": method,
@@ -128,7 +127,10 @@ class TextGenerator:
             "num_candidates": num_candidates,
             "ranking": ranking,
         }
-        graphs = None if deterministic or lengths is not None else self.graphs
+        if isinstance(self.model, Baseline):
+            self._check_greedy(places, how)
+        graphs = None if deterministic or lengths is not None or isinstance(self.model, Baseline) else self.graphs
+        nfe = 0
         for chosen in [[i] for i in range(len(sources))] if deterministic else [list(range(len(sources)))]:
             longest = max(len(encodings[i].ids) for i in chosen)
             padded, device = max(1, longest), self.device
@@ -141,10 +143,11 @@ class TextGenerator:
             if graphs is None:
                 told = None if lengths is None else torch.tensor([lengths[i] for i in chosen])
                 inputs = ids.to(self.device), mask.to(self.device)
-                found = sample(self.model, *inputs, places, keys.to(device), lengths=told, **how).ids
+                found, passes = self._write(*inputs, places, keys.to(device), told, how)
             else:
                 found = self._replay(graphs, ids, mask, places, keys, how)[: len(chosen)]
-            rows += found.tolist()
+                passes = _passes(how)
+            rows, nfe = rows + found.tolist(), max(nfe, passes)
         answers = [self.tokenizer.until_eos(row) for row in rows]
         texts = [self.tokenizer.decode(answer) for answer in answers]
         latency_ms = (time.perf_counter() - started) * 1000
@@ -156,11 +159,31 @@ class TextGenerator:
                 source_tokens_cut=encoding.num_cut,
                 num_steps=num_steps,
                 nfe=nfe,
-                finished=len(answer) < places or self.model.length_head is not None,
+                finished=len(answer) < places or getattr(self.model, "length_head", None) is not None,
                 latency_ms=latency_ms,
             )
             for text, answer, encoding in zip(texts, answers, encodings, strict=True)
         ]
+
+    def _check_greedy(self, places: int, how: dict[str, Any]) -> None:
+        usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1}
+        unlike = [name for name, value in usual.items() if how[name] != value]
+        if unlike:
+            raise ValueError(f"{', '.join(unlike)} are for YAN alone: a baseline answers greedily, got {how}")
+        most = self.model.config.max_positions - self.max_source_tokens
+        if not 1 <= places <= most or how["num_steps"] < 1:
+            raise ValueError(
+                f"max_tokens must be in [1, {most}] and num_steps >= 1, got {places} and {how['num_steps']}"
+            )
+
+    def _write(
+        self, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, lengths: Tensor | None, how: dict[str, Any]
+    ) -> tuple[Tensor, int]:
+        """Token ids of a batch's answers, [batch, places], and the passes of each."""
+        if isinstance(self.model, Baseline):
+            told = None if lengths is None else lengths.to(ids.device)
+            return self.model.answer(ids, mask, places, how["num_steps"], told)
+        return sample(self.model, ids, mask, places, seeds, lengths=lengths, **how).ids, _passes(how)
 
     def _replay(
         self, graphs: GraphCache, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, how: dict[str, Any]
@@ -170,6 +193,12 @@ class TextGenerator:
         filled = F.pad(ids, (0, 0, 0, extra)), F.pad(mask, (0, 0, 0, extra)), F.pad(seeds, (0, extra))
 
         def draw(ids: Tensor, mask: Tensor, seeds: Tensor) -> Tensor:
-            return sample(self.model, ids, mask, places, seeds, **how).ids
+            return self._write(ids, mask, places, seeds, None, how)[0]
 
         return graphs.call((places, *how.values()), draw, *(value.to(self.device) for value in filled))
+
+
+def _passes(how: dict[str, Any]) -> int:
+    """Trunk passes of YAN's sampler."""
+    times = evaluation_times(time_grid(how["num_steps"]), how["method"])
+    return len(times) * (1 if how["guidance_scale"] == 1.0 else 2)

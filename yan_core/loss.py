@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig, ModelConfig
 from yan_core.model import FlowNetwork, Source, YanModel
@@ -406,20 +407,45 @@ def weigh(terms: dict[str, Tensor], config: FlowLossConfig) -> LossOutput:
     return LossOutput(total, {name: value.detach() for name, value in terms.items()})
 
 
+def baseline_loss(model: Baseline, batch: Batch, config: FlowLossConfig, counts: Counts | None = None) -> LossOutput:
+    """A baseline's own loss, with tokens weighed as in `flow_loss`; filling counts where the model writes it.
+
+    Args:
+        model: The baseline.
+        batch: From `infilling_batch` or `task_batch`; target [batch, length].
+        config: What filling weighs.
+        counts: What the sum is divided by; None: what this batch holds.
+
+    Returns:
+        The total, and loss_ce in nats a token, the same.
+    """
+    weight = token_weights(batch.target_ids, batch.target_mask, config.fill_weight if model.learns_filling else 0.0)
+    counts = counts or _count(weight, batch.target_mask, 1)
+    loss = (model.losses(batch) * weight).sum() / counts.weight
+    return LossOutput(loss, {"loss_ce": loss.detach()})
+
+
 class Objective(nn.Module):
     """A stage's loss as one module, so that DistributedDataParallel can wrap model and loss together."""
 
-    def __init__(self, model: YanModel, config: AutoencoderLossConfig | FlowLossConfig) -> None:
+    def __init__(self, model: YanModel | Baseline, config: AutoencoderLossConfig | FlowLossConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
 
     def counts(self, batch: Batch) -> Counts:
         """What the terms of a batch's loss are divided by."""
+        if isinstance(self.model, Baseline):
+            assert isinstance(self.config, FlowLossConfig)
+            fill_weight = self.config.fill_weight if self.model.learns_filling else 0.0
+            return _count(token_weights(batch.target_ids, batch.target_mask, fill_weight), batch.target_mask, 1)
         return count(batch, self.config, self.model.config)
 
     def forward(self, batch: Batch, num_steps: int, counts: Counts | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its parts, scalars, of rows [batch, length]; `num_steps` has no meaning in stage 1."""
-        if isinstance(self.config, AutoencoderLossConfig):
+        if isinstance(self.model, Baseline):
+            assert isinstance(self.config, FlowLossConfig)
+            output = baseline_loss(self.model, batch, self.config, counts)
+        elif isinstance(self.config, AutoencoderLossConfig):
             output = autoencoder_loss(self.model, batch, self.config, counts)
         else:
             output = flow_loss(self.model, batch, self.config, num_steps, counts)

@@ -7,17 +7,20 @@ the velocities of all experts and the gate at (x_t, t), and `decoder` reads toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from yan_core.blocks import FlowBlock, KeyValues, TimeEmbedding, run_block
-from yan_core.config import ModelConfig
+from yan_core.config import BaselineConfig, ModelConfig
 from yan_core.latents import TokenDecoder, TokenEncoder
 from yan_core.moe import ExpertHeads, Gate
 from yan_core.noise import RowDraws
 from yan_core.path import velocity_to
+
+if TYPE_CHECKING:
+    from yan_core.baselines import Baseline
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,16 @@ class YanModel(nn.Module):
         return total - tables - sum(p.numel() for p in self.decoder.head.parameters())
 
 
-def build_model(config: ModelConfig, vocab_size: int, seed: int) -> YanModel:
+@overload
+def build_model(config: ModelConfig, vocab_size: int, seed: int) -> YanModel: ...
+@overload
+def build_model(config: ModelConfig | BaselineConfig, vocab_size: int, seed: int) -> YanModel | Baseline: ...
+def build_model(config: ModelConfig | BaselineConfig, vocab_size: int, seed: int) -> YanModel | Baseline:
     """A model with fresh weights that depend on `seed` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return YanModel(config, vocab_size)
+        if isinstance(config, ModelConfig):
+            return YanModel(config, vocab_size)
+        from yan_core.baselines import build_baseline
+
+        return build_baseline(config, vocab_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.config import OptimConfig, Part
 from yan_core.loss import Counts
@@ -27,8 +28,10 @@ class NonFiniteLoss(TrainingFailed):
     """The loss or its gradient is infinite or not a number; the weights were left as they were."""
 
 
-def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
-    """The modules that each trainable part of the model consists of."""
+def parts_of(model: YanModel | Baseline) -> dict[Part, list[nn.Module]]:
+    """The modules that each trainable part of the model consists of; all of a baseline is its `flow`."""
+    if isinstance(model, Baseline):
+        return {"target_encoder": [], "decoder": [], "source_encoder": [], "flow": [model]}
     source: list[nn.Module] = [model.source_encoder] if model.source_encoder is not None else []
     flow: list[nn.Module] = [model.flow] if model.length_head is None else [model.flow, model.length_head]
     return {
@@ -39,7 +42,7 @@ def parts_of(model: YanModel) -> dict[Part, list[nn.Module]]:
     }
 
 
-def freeze_all_but(model: YanModel, trains: tuple[Part, ...]) -> None:
+def freeze_all_but(model: YanModel | Baseline, trains: tuple[Part, ...]) -> None:
     """Let only the named parts of the model learn."""
     model.requires_grad_(False)
     for part in trains:
@@ -47,7 +50,7 @@ def freeze_all_but(model: YanModel, trains: tuple[Part, ...]) -> None:
             module.requires_grad_(True)
 
 
-def set_training_mode(model: YanModel, trains: tuple[Part, ...]) -> None:
+def set_training_mode(model: YanModel | Baseline, trains: tuple[Part, ...]) -> None:
     """Dropout on in the parts that learn and off in the frozen ones, whose latents must not move."""
     model.eval()
     for part in trains:
@@ -55,11 +58,12 @@ def set_training_mode(model: YanModel, trains: tuple[Part, ...]) -> None:
             module.train()
 
 
-def build_optimizer(model: YanModel, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: YanModel | Baseline, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over what learns; weight decay on matrices only, never on embeddings, norms, biases and Mamba's rates."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     rates = {id(m.A_log) for m in model.modules() if isinstance(m, MambaScan)}
-    expert_biases = {id(model.flow.experts.b_in_KF), id(model.flow.experts.b_out_KD)}
+    experts = model.flow.experts if isinstance(model, YanModel) else None
+    expert_biases = {id(experts.b_in_KF), id(experts.b_out_KD)} if experts is not None else set()
     decayed, plain = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -93,13 +97,13 @@ class WeightAverage:
     Source: Polyak and Juditsky 1992; the growing decay is that of TensorFlow's ExponentialMovingAverage.
     """
 
-    def __init__(self, model: YanModel, decay: float) -> None:
+    def __init__(self, model: YanModel | Baseline, decay: float) -> None:
         """Begin with the model's weights of now; `decay` in [0, 1)."""
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: YanModel, step: int) -> None:
+    def update(self, model: YanModel | Baseline, step: int) -> None:
         """Move towards the model's weights, after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         now = model.state_dict()
@@ -108,7 +112,7 @@ class WeightAverage:
                 self.weights[name].lerp_(now[name], 1 - decay)
 
     @torch.no_grad()
-    def load(self, model: YanModel) -> None:
+    def load(self, model: YanModel | Baseline) -> None:
         """Go on from averages saved earlier, given as the weights of a whole model."""
         for name, value in model.state_dict().items():
             self.weights[name].copy_(shard_like(value, self.weights[name]))

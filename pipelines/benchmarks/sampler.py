@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from pipelines.benchmarks import machine
 from pipelines.benchmarks.machine import RESULTS, leave
-from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion
-from yan_core.config import ModelConfig, RunConfig, from_dict
+from yan_core.baselines import ARDecoder
+from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict
 from yan_core.files import code_commit, write_file
 from yan_core.graphs import captured
+from yan_core.masked_diffusion import MaskedDiffusion
 from yan_core.model import YanModel, build_model
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.sampler import sample
@@ -41,7 +42,7 @@ from yan_core.sampler import sample
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = ("5m", "50m", "200m")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LLADA_8B = DecoderShape(d_model=4096, num_blocks=32, num_heads=32)
+LLADA_8B = BaselineConfig(d_model=4096, num_blocks=32, num_heads=32)
 """LLaDA's width and depth (arXiv:2502.09992). Our blocks hold 6.4B parameters where its gated ones hold 7.0B, so this
 opponent is about 8 % faster than the real one."""
 LLADA_VOCAB = 126_464
@@ -144,12 +145,12 @@ def yan_model(config: ModelConfig, vocab_size: int, device: str, dtype: torch.dt
 @lru_cache(maxsize=1)
 def ar_model(num_parameters: int, vocab_size: int, positions: int, device: str, dtype: torch.dtype) -> ARDecoder:
     """A GPT-2 of about that many parameters without embeddings."""
-    model = ARDecoder(DecoderShape.of_size(num_parameters), vocab_size, positions)
+    model = ARDecoder(BaselineConfig.of_size(num_parameters, max_positions=positions), vocab_size)
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=2)
-def mdm_model(shape: DecoderShape, vocab_size: int, device: str, dtype: torch.dtype) -> MaskedDiffusion:
+def mdm_model(shape: BaselineConfig, vocab_size: int, device: str, dtype: torch.dtype) -> MaskedDiffusion:
     """Masked diffusion of a shape."""
     return _fresh(lambda: MaskedDiffusion(shape, vocab_size), device, dtype)
 
@@ -244,10 +245,10 @@ def _ar_compiled(decoder: ARDecoder, source_ids: Tensor, length: int) -> Callabl
     return generate
 
 
-def _mdm_shape(name: str, cell: Cell) -> tuple[DecoderShape, int]:
+def _mdm_shape(name: str, cell: Cell) -> tuple[BaselineConfig, int]:
     if name == "LLaDA 8B shape":
         return LLADA_8B, LLADA_VOCAB
-    return DecoderShape.of_size(parameters_of(cell.model, cell.vocab_size)), cell.vocab_size
+    return BaselineConfig.of_size(parameters_of(cell.model, cell.vocab_size)), cell.vocab_size
 
 
 # --- what must be done at least ---------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_sizes_are_what_they_are_called(size, expected):
     assert config.tokenizer.vocab_size == (8_192 if size == "5m" else 32_768)
     own = benchmark.parameters_of(config.model, config.tokenizer.vocab_size)
     assert abs(own / expected - 1) < 0.05
-    assert abs(benchmark.DecoderShape.of_size(own).num_parameters / own - 1) < 0.05
+    assert abs(benchmark.BaselineConfig.of_size(own).num_parameters / own - 1) < 0.05
 
 
 def test_the_floor_counts_what_the_sampler_multiplies():

@@ -1,16 +1,25 @@
 """Baselines: a cache that changes nothing, a diffusion that fills every place, and losses that can be learned from."""
 
+import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import yan_core
 from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_batch
-from yan_core.baselines import ARDecoder, DecoderShape, MaskedDiffusion, pad_left
-from yan_core.batching import pad_rows
+from yan_core.baselines import ARDecoder, EncoderDecoder, pad_left
+from yan_core.batching import EOS, pad_rows
+from yan_core.checkpoint import save_pretrained
+from yan_core.config import BaselineConfig, FlowLossConfig, RunConfig, TokenizerConfig, from_dict
+from yan_core.loss import baseline_loss
+from yan_core.masked_diffusion import MaskedDiffusion
+from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
 
-SHAPE = DecoderShape(d_model=16, num_blocks=2, num_heads=2)
+SHAPE = BaselineConfig(d_model=16, num_blocks=2, num_heads=2, max_positions=40)
 LENGTHS = [7, 1, 12, 4]
 SOURCES = pad_rows(random_rows(LENGTHS), 0)
 
@@ -18,7 +27,7 @@ SOURCES = pad_rows(random_rows(LENGTHS), 0)
 def ar() -> ARDecoder:
     pytest.importorskip("transformers", reason="the extra `baselines` is not installed")
     torch.manual_seed(0)
-    model = ARDecoder(SHAPE, VOCAB, max_positions=40).eval()
+    model = ARDecoder(SHAPE, VOCAB).eval()
     for parameter in model.parameters():  # fresh GPT-2 weights are so small that it repeats one token
         torch.nn.init.normal_(parameter, std=0.5) if parameter.ndim == 2 else None
     return model
@@ -26,7 +35,7 @@ def ar() -> ARDecoder:
 
 def mdm() -> MaskedDiffusion:
     torch.manual_seed(0)
-    model = MaskedDiffusion(SHAPE, VOCAB).eval()
+    model = MaskedDiffusion(dataclasses.replace(SHAPE, family="masked_diffusion"), VOCAB).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -34,7 +43,7 @@ def mdm() -> MaskedDiffusion:
 
 @pytest.mark.parametrize("size", [5e6, 50e6, 200e6])
 def test_a_shape_matches_its_size_in_gpt_2s_proportions(size: float) -> None:
-    shape = DecoderShape.of_size(int(size))
+    shape = BaselineConfig.of_size(int(size))
     assert abs(shape.num_parameters / size - 1) < 0.05
     assert 32 <= shape.d_model / shape.num_blocks <= 128
     assert shape.d_model == 64 * shape.num_heads
@@ -86,8 +95,8 @@ def test_logits_of_the_whole_target_are_those_met_in_generation() -> None:
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers; .*pip install -e '\.\[baselines\]'"):
-        ARDecoder(SHAPE, VOCAB, 40)
+    with pytest.raises(ImportError, match=r"need transformers; .*pip install -e '\.\[baselines\]'"):
+        ARDecoder(SHAPE, VOCAB)
 
 
 def test_pad_left() -> None:
@@ -157,3 +166,104 @@ def test_the_diffusion_loss_is_the_cross_entropy_of_masked_places_over_their_sha
     model, batch = mdm(), tiny_batch(400)
     torch.nn.init.zeros_(model.head.weight)
     assert model.loss(batch).item() == pytest.approx(math.log(VOCAB), rel=0.15)
+
+
+def bart() -> EncoderDecoder:
+    pytest.importorskip("transformers", reason="the extra `baselines` is not installed")
+    torch.manual_seed(0)
+    model = EncoderDecoder(dataclasses.replace(SHAPE, family="encoder_decoder"), VOCAB).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
+    torch.nn.init.normal_(model.bart.model.decoder.embed_positions.weight, std=2.0)  # else it repeats one token
+    return model
+
+
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_answers_do_not_depend_on_padding_or_company(make) -> None:
+    model = make()
+    ids, _ = model.answer(*SOURCES, 9, 9)
+    assert ids.shape == (4, 9)
+    assert torch.equal(model.answer(*pad_right(*SOURCES, 5), 9, 9)[0], ids)
+    for i, n in enumerate(LENGTHS):
+        alone, mask = SOURCES[0][i : i + 1, :n], SOURCES[1][i : i + 1, :n]
+        assert until_end(model.answer(alone, mask, 9, 9)[0]) == until_end(ids[i : i + 1])
+
+
+def until_end(ids: torch.Tensor) -> list[int]:
+    (row,) = ids.tolist()
+    return row[: row.index(EOS)] if EOS in row else row
+
+
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_a_told_length_is_kept(make) -> None:
+    told = torch.tensor([1, 9, 4, 6])
+    ids, _ = make().answer(*SOURCES, 9, 4, told)
+    assert (ids == EOS).tolist() == (torch.arange(9) >= told[:, None]).tolist()
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_with_a_cache_writes_what_it_writes_without() -> None:
+    model = bart()
+    ids, passes = model.answer(*SOURCES, 9, 0)
+    shifted = torch.nn.functional.pad(ids[:, :-1], (1, 0), value=EOS)
+    logits = model.bart(SOURCES[0], attention_mask=SOURCES[1].long(), decoder_input_ids=shifted).logits.argmax(-1)
+    for row, again in zip(ids.tolist(), logits.tolist(), strict=True):
+        last = row.index(EOS) if EOS in row else 8
+        assert row[: last + 1] == again[: last + 1]
+    assert passes <= 9 and len(ids.unique()) > 5
+
+
+@pytest.mark.parametrize("make", [ar, bart])
+def test_autoregression_takes_a_pass_a_token_and_stops_at_the_end(make) -> None:
+    model = make()
+    ids, passes = model.answer(*SOURCES, 9, 0, torch.tensor([2, 3, 1, 2]))
+    assert passes == 4  # the longest and its end
+    assert (ids[:, 4:] == EOS).all()
+
+
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_sizes_leave_embeddings_and_vocabulary_out(make) -> None:
+    model = make()
+    matrices = model.config.num_parameters
+    assert matrices <= model.num_parameters(embeddings=False) < 1.2 * matrices
+    assert model.num_parameters() - model.num_parameters(embeddings=False) >= 2 * VOCAB * 16
+
+
+def test_filling_is_no_part_of_an_autoregressive_loss() -> None:
+    """What is after the first end of a text does not count; for masked diffusion, which writes it, it does."""
+    for model, counts in ((ar(), False), (mdm(), True)):
+        batch = tiny_batch()
+        batch = dataclasses.replace(batch, target_mask=torch.ones_like(batch.target_mask))
+        target = batch.target_ids.clone()
+        target[:, 2:] = EOS
+        plain = baseline_loss(model, dataclasses.replace(batch, target_ids=target), FlowLossConfig(fill_weight=0.5))
+        target[:, 3:] = 7
+        other = baseline_loss(model, dataclasses.replace(batch, target_ids=target), FlowLossConfig(fill_weight=0.5))
+        assert (plain.total.item() != pytest.approx(other.total.item())) == counts
+
+
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_a_baseline_is_saved_loaded_and_answers_texts(make, tmp_path: Path) -> None:
+    model, tokenizer = make(), Tokenizer.train(["a b c d e f"], TokenizerConfig(kind="word"))
+    model = build_model(model.config, tokenizer.vocab_size, seed=1).eval()
+    details = {"task": "question_answering", "max_source_tokens": 20, "max_target_tokens": 8}
+    save_pretrained(tmp_path / "model", model, tokenizer, details)
+    loaded = yan_core.load(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
+    answers = loaded.generate(["a b c", "b"], num_steps=3)
+    assert [a.tokens for a in answers] == [a.tokens for a in loaded.generate(["a b c", "b"], num_steps=3)]
+    assert all(1 <= a.nfe <= 8 for a in answers)
+    with pytest.raises(ValueError, match="num_candidates are for YAN alone"):
+        loaded.generate(["a"], num_candidates=2)
+    with pytest.raises(ValueError, match=r"max_tokens must be in \[1, 20\]"):
+        loaded.generate(["a"], max_tokens=21)
+
+
+def test_a_config_refuses_what_a_baseline_has_not() -> None:
+    with pytest.raises(ValueError, match="autoencoder.max_steps must be 0 with a baseline"):
+        from_dict(RunConfig, {"baseline": {}})
+    stages = {"autoencoder": {"max_steps": 0}}
+    with pytest.raises(ValueError, match=r"baseline.max_positions=100 is below .* together, 112"):
+        from_dict(RunConfig, {"baseline": {"max_positions": 100}, "stages": stages})
+    with pytest.raises(ValueError, match="strategy must be ddp"):
+        from_dict(RunConfig, {"baseline": {}, "stages": stages, "scaling": {"strategy": "fsdp"}})
