@@ -237,6 +237,12 @@ def _tune(args: list[str]) -> int:
     return tune(args)
 
 
+def _compare(args: list[str]) -> int:
+    from pipelines.compare import main as compare
+
+    return compare(args)
+
+
 def _plan(args: list[str]) -> int:
     from pipelines.plan import main as plan
 
@@ -248,6 +254,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prepare": ("read, tokenise and write the data of a run", _prepare),
     "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
+    "compare": ("train YAN and its baselines on the same data for the same compute; one table of all", _compare),
     "serve": ("serve a model over HTTP", _serve),
     "tune": ("search settings with Ray Tune; each trial is a run in MLflow", _tune),
     "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),

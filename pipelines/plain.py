@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from pipelines.loader import StageBatches, ahead
 from pipelines.prepare import Prepared
 from pipelines.stream import ReadLane, StageStream, stage_order
 from yan_core.baselines import Baseline
+from yan_core.batching import Batch
 from yan_core.config import RunConfig, StageConfig
 from yan_core.loss import Objective
 from yan_core.model import YanModel
@@ -22,6 +23,14 @@ from yan_core.training import (
     set_training_mode,
     train_step,
 )
+
+
+def stage_batches(config: RunConfig, prepared: Prepared, stage: str) -> Iterator[Batch]:
+    """All batches of a stage, read in this process."""
+    order = stage_order(prepared, stage, config)
+    read = ReadLane([StageStream(stage, order, order.pools())])
+    blocks = (read.read(number) for number in range(read.first[-1]))
+    return StageBatches(blocks, config).stage(stage, 0)
 
 
 def train_plainly(
@@ -46,10 +55,7 @@ def train_plainly(
     settings: StageConfig = getattr(config.stages, stage)
     loss = config.autoencoder_loss if stage == "autoencoder" else config.flow_loss
     device = next(model.parameters()).device
-    order = stage_order(prepared, stage, config)
-    read = ReadLane([StageStream(stage, order, order.pools())])
-    blocks = (read.read(number) for number in range(read.first[-1]))
-    batches = ahead(StageBatches(blocks, config).stage(stage, 0))
+    batches = ahead(stage_batches(config, prepared, stage))
     freeze_all_but(model, settings.trains)
     objective, optimizer = Objective(model, loss), build_optimizer(model, settings.optim)
     for step in range(settings.max_steps if steps is None else steps):

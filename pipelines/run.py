@@ -27,9 +27,9 @@ from pipelines.evaluation import Quality, evaluate_model
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset, locate
-from pipelines.state import StageJob
+from pipelines.state import STAGES, StageJob
 from pipelines.tracking import Tracker, check_tracking
-from pipelines.train import STAGES, train_stages
+from pipelines.train import train_stages
 from yan_core.checkpoint import CheckpointError, read_config
 from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file

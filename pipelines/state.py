@@ -21,6 +21,9 @@ from yan_core.sharding import full_copy, restore_optimizer, shard
 from yan_core.tokenization import Tokenizer
 from yan_core.training import WeightAverage, build_optimizer, freeze_all_but
 
+STAGES = ("autoencoder", "flow", "finetune")
+"""Stages in the order they build on each other."""
+
 
 @dataclass(frozen=True)
 class StageJob:

@@ -65,9 +65,6 @@ from yan_core.training import (
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
 
-STAGES = ("autoencoder", "flow", "finetune")
-"""Stages in the order they build on each other."""
-
 TRAINING = "training"
 """Name that Ray Train knows a run's training by; its checkpoints are below it."""
 

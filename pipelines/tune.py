@@ -21,9 +21,8 @@ from pipelines.evaluation import answer_rows, score_rows
 from pipelines.plain import device_of, train_plainly
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.run import prepare_step, run_lock, say
-from pipelines.state import model_details
+from pipelines.state import STAGES, model_details
 from pipelines.tracking import Tracker, check_tracking
-from pipelines.train import STAGES
 from yan_core.config import RunConfig, from_dict, to_dict, unknown_name
 from yan_core.files import write_file
 from yan_core.generator import TextGenerator

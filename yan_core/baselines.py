@@ -87,6 +87,11 @@ def _transformers() -> Any:
         raise ImportError(f"the autoregressive baselines need transformers; {remedy}") from error
 
 
+def _attention() -> str:
+    """On a CPU plain attention, as YAN trains with there; the fused one would hide its operations from a count."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
 def allowed(logits: Tensor, place: int, lengths: Tensor | None) -> Tensor:
     """Logits [batch, vocab] of the token at a place, with the end of text where the told lengths [batch] have it."""
     if lengths is None:
@@ -124,6 +129,7 @@ class ARDecoder(Baseline):
                 bos_token_id=EOS,
                 eos_token_id=EOS,
                 tie_word_embeddings=False,  # YAN has a head of its own too
+                attn_implementation=_attention(),
             )
         )
 
@@ -263,6 +269,7 @@ class EncoderDecoder(Baseline):
                 decoder_start_token_id=EOS,
                 forced_eos_token_id=None,
                 tie_word_embeddings=False,  # YAN has a head and a source encoder of its own too
+                attn_implementation=_attention(),
                 **halves,
             )
         )

@@ -60,14 +60,10 @@ def all_reduce_s(numbers: int) -> tuple[float, float]:
 
 def seen_tokens(config: RunConfig, prepared: Path, steps: int) -> float:
     """Mean number of places of a source in the batches of the first steps, padding included."""
-    from pipelines.loader import StageBatches
+    from pipelines.plain import stage_batches
     from pipelines.prepare import open_prepared
-    from pipelines.stream import ReadLane, StageStream, stage_order
 
-    order = stage_order(open_prepared(prepared), "finetune", config)
-    read = ReadLane([StageStream("finetune", order, order.pools())])
-    blocks = (read.read(number) for number in range(read.first[-1]))
-    batches = StageBatches(blocks, config).stage("finetune", 0)
+    batches = stage_batches(config, open_prepared(prepared), "finetune")
     widths = [next(batches).source_ids.shape[1] for _ in range(steps)]
     return sum(widths) / len(widths)
 

@@ -1,0 +1,74 @@
+"""What a training computes: floating-point operations, counted by PyTorch on batches of the training itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.loader import StageBatches
+from pipelines.prepare import Prepared
+from pipelines.state import STAGES
+from pipelines.stream import ReadLane, StageStream, stage_order
+from yan_core.batching import Batch
+from yan_core.config import RunConfig, StageConfig
+from yan_core.loss import Objective
+from yan_core.model import build_model
+from yan_core.training import freeze_all_but, set_training_mode
+
+ROWS = 2
+"""Rows of a batch that are computed to count the operations of all of them: each row, padded alike, takes as many."""
+
+POOLS = 8
+"""Pools of batches, spread over a stage, that are read to find how large its batches are."""
+
+
+def _sample(config: RunConfig, prepared: Prepared, stage: str) -> list[Batch]:
+    """Batches spread over a stage."""
+    order = stage_order(prepared, stage, config)
+    pools, found = order.pools(), []
+    read = ReadLane([StageStream(stage, order, pools)])
+    for place in range(0, len(pools), -(-len(pools) // POOLS)):
+        blocks = (read.read(place * order.lanes + lane) for lane in range(order.lanes))
+        batches = StageBatches(blocks, config).stage(stage, pools[place].first_step)
+        found += itertools.islice(batches, len(pools[place].batches))
+    return found
+
+
+def step_flops(config: RunConfig, prepared: Prepared, stage: str) -> float:
+    """Mean floating-point operations of a stage's step, forward and backward.
+
+    They are counted on a batch of about mean size, for each number of solver steps that may be drawn, as often as it
+    is drawn, and taken to be in proportion to the places of a batch.
+
+    Args:
+        config: The run.
+        prepared: Its data.
+        stage: A stage with max_steps > 0.
+    """
+    settings: StageConfig = getattr(config.stages, stage)
+    loss = config.autoencoder_loss if stage == "autoencoder" else config.flow_loss
+    solves = stage != "autoencoder" and config.baseline is None
+    choices = Counter(config.flow_loss.solver_steps if solves else (1,))
+    model = build_model(config.architecture, prepared.tokenizer.vocab_size, config.seed)
+    freeze_all_but(model, settings.trains)
+    set_training_mode(model, settings.trains)
+    objective = Objective(model, loss)
+    batches = _sample(config, prepared, stage)
+    mean = sum(batch.num_tokens for batch in batches) / len(batches)
+    typical = min(batches, key=lambda batch: abs(batch.num_tokens - mean))
+    part = Batch(**{name: value[:ROWS] for name, value in vars(typical).items()})
+    flops = 0.0
+    for num_steps, times in choices.items():
+        with FlopCounterMode(display=False) as counter:
+            total, _ = objective(part, num_steps)
+            total.backward()
+        flops += counter.get_total_flops() * times / choices.total()
+    return flops * mean / part.num_tokens
+
+
+def training_flops(config: RunConfig, prepared: Prepared) -> dict[str, float]:
+    """Floating-point operations of each stage that is trained."""
+    steps = {stage: getattr(config.stages, stage).max_steps for stage in STAGES}
+    return {stage: n * step_flops(config, prepared, stage) for stage, n in steps.items() if n}

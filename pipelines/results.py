@@ -1,0 +1,150 @@
+"""Tables and pictures of `yan compare`'s reports, and the page that gathers them.
+
+python -m pipelines.results docs/results/*.json --page docs/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from yan_core.files import write_file
+
+Report = Mapping[str, Any]
+"""What `pipelines.compare.compare` gives."""
+
+MAIN_STEPS = 3
+"""Solver steps that stand for YAN where one figure must do."""
+
+
+def main_quality(contestant: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures that stand for a contestant: YAN at three steps, masked diffusion at as many as tokens."""
+    quality = contestant["quality"]
+    if contestant["family"] == "yan":
+        return min(quality, key=lambda q: abs(q["num_steps"] - MAIN_STEPS))
+    return quality[-1]
+
+
+def _share(value: float, quality: Mapping[str, Any]) -> str:
+    """A metric in points, with its interval where there is one."""
+    low_high = (quality.get("intervals") or {}).get(quality["metric"])
+    interval = f" [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]" if low_high else ""
+    return f"{100 * value:.1f}{interval}"
+
+
+def markdown(report: Report) -> str:
+    """One report as a table, a line for each contestant and number of steps."""
+    metric = next(iter(report["contestants"].values()))["quality"][0]["metric"]
+    machine = report["machine"]
+    lines = [
+        f"### {report['name']}",
+        "",
+        f"{report['task']} on {report['data']}, {report['rows']} validation rows; {report['date'][:10]}, commit "
+        f"{report['commit'][:12]}, {machine['processor']} ({machine['cores']} cores), float32.",
+        "",
+        f"| model | steps | {metric.replace('_', ' ')} [95 %] | told length | others | passes | ms, alone "
+        "| ms per 1,000 tokens, 64 together | parameters | TFLOPs of training | training |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for of in report["contestants"].values():
+        for i, quality in enumerate(of["quality"]):
+            speed = of["speed"][str(quality["num_steps"])]
+            autoregressive = of["family"] in ("ar", "encoder_decoder")
+            others = ", ".join(
+                f"{name} {100 * value:.1f}" for name, value in (quality.get("metrics") or {}).items() if name != metric
+            )
+            own = (
+                f"{of['parameters_without_embeddings'] / 1e6:.2f}M + {_embeddings(of) / 1e6:.2f}M "
+                f"| {of['training_flops'] / 1e12:.1f} | {of['training_s']:.0f} s"
+            )
+            lines.append(
+                f"| {of['label'] if i == 0 else ''} | {'' if autoregressive else quality['num_steps']} "
+                f"| {_share(quality['value'], quality)} | {100 * quality['oracle_value']:.1f} | {others} "
+                f"| {speed['nfe']} | {speed['ms_batch_1']:.1f} | {speed['ms_per_1000_tokens_batch_64']:.0f} "
+                f"| {own if i == 0 else ' | | '} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _embeddings(of: Mapping[str, Any]) -> int:
+    return of["parameters"] - of["parameters_without_embeddings"]
+
+
+def pictures(report: Report) -> dict[str, Figure]:
+    """Quality against latency and against steps, by file name."""
+    contestants = report["contestants"].values()
+    metric = next(iter(contestants))["quality"][0]["metric"].replace("_", " ")
+    pareto = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = pareto.subplots()
+    for of in contestants:
+        points = [(of["speed"][str(q["num_steps"])]["ms_batch_1"], q["value"]) for q in of["quality"]]
+        axes.plot(*zip(*points, strict=True), marker="o", label=of["label"], linewidth=1)
+    axes.set(xscale="log", xlabel="milliseconds a request, alone", ylabel=metric, title=report["name"])
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    by_steps = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = by_steps.subplots()
+    for of in contestants:
+        if len(of["quality"]) > 1:
+            counts = [q["num_steps"] for q in of["quality"]]
+            axes.plot(counts, [q["value"] for q in of["quality"]], marker="o", label=of["label"], linewidth=1)
+        else:
+            axes.axhline(of["quality"][0]["value"], linestyle=":", linewidth=1, label=of["label"], color="gray")
+    axes.set(xlabel="steps", ylabel=metric, title=report["name"])
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return {"quality_by_latency.png": pareto, "quality_by_steps.png": by_steps}
+
+
+def headline(report: Report) -> str:
+    """How YAN at three steps stands to the best baseline, in points of the main metric."""
+    of_yan = report["contestants"].get("yan")
+    baselines = [of for of in report["contestants"].values() if of["family"] != "yan"]
+    if of_yan is None or not baselines:
+        return ""
+    ours = main_quality(of_yan)
+    best = max(baselines, key=lambda of: main_quality(of)["value"])
+    theirs = main_quality(best)
+    points = 100 * (ours["value"] - theirs["value"])
+    speed = (
+        best["speed"][str(theirs["num_steps"])]["ms_batch_1"] / (of_yan["speed"][str(ours["num_steps"])]["ms_batch_1"])
+    )
+    return (
+        f"YAN at {ours['num_steps']} steps is {abs(points):.1f} points {'above' if points >= 0 else 'below'} the best "
+        f"baseline, {best['label']}, and takes {1 / speed:.2f} times its milliseconds alone.\n"
+    )
+
+
+def page(reports: Sequence[Report]) -> str:
+    """All reports as one page."""
+    parts = [
+        "# Results\n",
+        "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md` from what `yan compare` "
+        "measured; no figure is typed by hand. Every contestant of a table was trained on the same rows with the same "
+        "tokenizer, for the same number of floating-point operations. Parameters are those of the layers + those of "
+        "embeddings, positions and vocabulary head; passes are those of a request alone, the most there were. YAN and "
+        "masked diffusion find the end of an answer themselves; *told length* is what they would reach if they were "
+        "told.\n",
+    ]
+    for report in reports:
+        parts += [markdown(report), headline(report)]
+    return "\n".join(part for part in parts if part)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.results", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("reports", nargs="+", type=Path, help="report.json of `yan compare`, several")
+    parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
+    chosen = parser.parse_args(args)
+    write_file(chosen.page, page([json.loads(p.read_text(encoding="utf-8")) for p in sorted(chosen.reports)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""Comparing models: equal data, size and compute; variants from a file; tables and pictures of a report."""
+
+import json
+
+import pytest
+
+from pipelines.cli import UsageError, main
+from pipelines.cluster import ray_session
+from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
+from pipelines.compute import step_flops, training_flops
+from pipelines.prepare import prepare
+from pipelines.results import main as write_page
+from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.model import build_model
+
+BASELINES = [name for name, contestant in CONTESTANTS.items() if contestant.family]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_settings, tmp_path_factory) -> RunConfig:
+    settings = merged(tiny_settings, {"runs_dir": str(tmp_path_factory.mktemp("runs"))})
+    data = {"datasets": {"small": {"format": "world", "num_train": 200, "num_validation": 30}}}
+    return from_dict(RunConfig, merged(settings, {"data": data, "scaling": {"num_workers": 1}}))
+
+
+@pytest.fixture(scope="module")
+def prepared(config, tmp_path_factory):
+    with ray_session(1, 1):
+        yield prepare(config, tmp_path_factory.mktemp("data") / "prepared")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_has_the_size_and_the_rows_of_the_run_compared(config, name):
+    own = entered(name, CONTESTANTS[name], config, 3_000_000)
+    assert own.baseline is not None and own.baseline.family == CONTESTANTS[name].family
+    model = build_model(own.baseline, 100, 0)
+    assert model.num_parameters(embeddings=False) == pytest.approx(3_000_000, rel=0.1)
+    assert own.name == f"tiny-{name}" and own.seed == config.seed
+    assert (own.data, own.tokenizer, own.stages.finetune) == (config.data, config.tokenizer, config.stages.finetune)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["plain", *BASELINES])
+def test_every_contestant_gets_the_same_compute(config, prepared, name):
+    longer = from_dict(RunConfig, merged(to_dict(config), {"stages": {"finetune": {"max_steps": 400}}}))
+    budget = training_flops(longer, prepared)
+    own = with_compute(entered(name, CONTESTANTS[name], longer, 30_000), prepared, budget)
+    found = {stage: getattr(own.stages, stage).max_steps for stage in budget}
+    spent = sum(training_flops(own, prepared).values())
+    assert spent == pytest.approx(sum(budget.values()), rel=0.05)
+    assert (found["autoencoder"] == 0) == (name in BASELINES)
+
+
+@pytest.mark.ray
+def test_counting_operations_leaves_no_trace_and_follows_the_solver_steps(config, prepared):
+    cheap = from_dict(RunConfig, merged(to_dict(config), {"flow_loss": {"solver_steps": [1]}}))
+    dear = from_dict(RunConfig, merged(to_dict(config), {"flow_loss": {"solver_steps": [9]}}))
+    assert step_flops(cheap, prepared, "finetune") == step_flops(cheap, prepared, "finetune")
+    assert step_flops(dear, prepared, "finetune") > 2 * step_flops(cheap, prepared, "finetune")
+
+
+def test_variants_are_read_nested_or_dotted(tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text("k8:\n  label: eight experts\n  settings: {model.num_experts: 8, model: {top_k: 2}}\nplain2: {}\n")
+    assert read_variants(str(file)) == {
+        "k8": Contestant("eight experts", {"model": {"num_experts": 8, "top_k": 2}}),
+        "plain2": Contestant("plain2"),
+    }
+
+
+@pytest.mark.parametrize("text", ["[]", "k8: 3", "k8: {setting: {}}", "k8: {settings: 4}"])
+def test_a_file_that_holds_no_variants_is_refused(tmp_path, text):
+    (tmp_path / "v.yaml").write_text(text)
+    with pytest.raises(UsageError, match="--variants .*v.yaml: .*`label` and `settings`"):
+        read_variants(str(tmp_path / "v.yaml"))
+
+
+def test_a_misspelt_contestant_is_refused_before_anything_starts(capsys):
+    assert main(["compare", "--config", "pipelines/configs/world.yaml", "--contestants", "encoder_decodr"]) == 2
+    assert "did you mean 'encoder_decoder'?" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
+    """YAN and GPT-2 on a tiny run: one table, pictures, a page; the second time nothing is trained."""
+    chosen = {name: CONTESTANTS[name] for name in ("yan", "ar")}
+    report = compare(config, chosen)
+    assert list(report["contestants"]) == ["yan", "ar"]
+    yan, ar = report["contestants"].values()
+    assert yan["training_flops"] == pytest.approx(ar["training_flops"], rel=0.1)
+    assert [q["num_steps"] for q in yan["quality"]] == [1, 3] and len(ar["quality"]) == 1
+    assert all(speed["ms_batch_1"] > 0 for of in (yan, ar) for speed in of["speed"].values())
+    assert yan["speed"]["3"]["nfe"] == 3 and 1 <= ar["speed"]["1"]["nfe"] <= 14
+    folder = tmp_path.joinpath(config.runs_dir, "tiny", "compare")
+    assert {p.name for p in folder.iterdir()} == {
+        "report.json", "report.md", "quality_by_latency.png", "quality_by_steps.png"
+    }  # fmt: skip
+    assert json.loads((folder / "report.json").read_text()) == report
+    capsys.readouterr()
+    again = compare(config, chosen)
+    assert "not done yet" not in capsys.readouterr().out
+    for name in chosen:
+        assert again["contestants"][name]["quality"] == report["contestants"][name]["quality"]
+        assert again["contestants"][name]["training_s"] == report["contestants"][name]["training_s"] > 0
+    write_page([str(folder / "report.json"), "--page", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "| autoregressive decoder (GPT-2) |" in text and "points" in text
