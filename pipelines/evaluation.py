@@ -15,7 +15,7 @@ import torch
 import yan_core
 from yan_core.config import EvaluationConfig
 from yan_core.files import code_commit
-from yan_core.metrics import METRICS
+from yan_core.metrics import score
 from yan_core.tasks import get_task
 
 
@@ -87,7 +87,7 @@ def score_rows(
     A model that writes lower case alone is scored in lower case.
     """
     references = [[generator.tokenizer.normalize(a) for a in row["answers"]] for row in rows]
-    return METRICS[metric](answers, references)
+    return score(metric, answers, references).value
 
 
 def evaluate_model(
