@@ -168,9 +168,13 @@ def do_pieces(
 
 
 def _check_fields(source: Source, task: Task) -> None:
+    def has(field: str) -> bool:
+        column = source.dataset.columns.get(field, field)
+        return not source.columns or column in source.columns or column.split(".")[0] in source.columns
+
     for field in task.fields:
         column = source.dataset.columns.get(field, field)
-        if source.columns and column not in source.columns:
+        if not has(field) and not (field == task.target and task.references and has(task.references)):
             raise DataError(
                 f"data set {source.name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
                 f"it has {', '.join(source.columns)}. Map it: data.datasets.{source.name}.columns.{field}=<column>"
@@ -248,8 +252,7 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
                 clean(row[column], config.data.clean) for row in rows(source) if isinstance(row.get(column), str)
             )
         for row in rows(pairs):
-            fields = fields_of(row, pairs.dataset.columns)
-            yield from (fields[f] for f in task.fields if isinstance(fields.get(f), str))
+            yield from task.texts(fields_of(row, pairs.dataset.columns))
 
     read = texts()
     first = next(read, None)

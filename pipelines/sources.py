@@ -412,6 +412,20 @@ def reason_of(error: BaseException) -> str:
     return (raised[-1:] or lines or [type(error).__name__])[0][:300]
 
 
+def value_at(row: dict[str, Any], column: str) -> Any:
+    """A column's value, or what it holds inside: `document.summary.text`; of a list, that of each entry; else None."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if isinstance(value, list):
+            value = [entry.get(name) if isinstance(entry, dict) else None for entry in value]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def fields_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """A row with its columns renamed to template fields: `columns` maps field -> column."""
-    return {**row, **{field: row[column] for field, column in columns.items() if column in row}}
+    """A row with its columns renamed to template fields: `columns` maps field -> column, see `value_at`."""
+    found = {field: value_at(row, column) for field, column in columns.items() if column.split(".")[0] in row}
+    return {**row, **found}
