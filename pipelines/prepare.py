@@ -406,12 +406,13 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, json.loads(manifest.read_text(encoding="utf-8")))
 
 
-def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
+def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = None) -> list[dict[str, Any]]:
     """Rows of one file as source, target, answers and kind, through the config's data set and template.
 
     Args:
         config: Its data set gives columns and row filter, its task the template.
         path: A file with the data set's columns; its ending tells the format, where it has one.
+        counts: Takes what became of the file's rows: `rows_filtered` by the data set's `where`, `rows_unusable`.
 
     Raises:
         DataError: If the file is missing, cannot be used or has more unusable rows than allowed.
@@ -428,7 +429,9 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
     _check_fields(source, task)
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
+    filtered = 0
     for batch in (batch for piece in source.pieces for batch in source.rows(piece)):
+        filtered += batch.filtered
         bad += [{"file": path, **b, "row": None} for b in batch.bad]
         for number, row in zip(batch.numbers, batch.rows, strict=True):
             try:
@@ -436,4 +439,6 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
             except ValueError as error:
                 bad.append({"file": path, "row_number": number, "reason": str(error), "row": row})
     _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
+    if counts is not None:
+        counts.update(rows_filtered=filtered, rows_unusable=len(bad))
     return good

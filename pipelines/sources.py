@@ -72,11 +72,13 @@ class Rows:
         numbers: Each row's number in its file, from 0.
         rows: The rows under their own column names.
         bad: What could not be read as a row, with `row_number` and `reason`.
+        filtered: How many rows the data set's `where` left out.
     """
 
     numbers: list[int]
     rows: list[dict[str, Any]]
     bad: list[dict[str, Any]] = field(default_factory=list)
+    filtered: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ class Source:
         try:
             for batch in self.read(piece):
                 kept = [i for i, row in enumerate(batch.rows) if self._wanted(row)]
-                if len(kept) < len(batch.rows):
-                    batch = Rows([batch.numbers[i] for i in kept], [batch.rows[i] for i in kept], batch.bad)
+                left_out = len(batch.rows) - len(kept)
+                if left_out:
+                    batch = Rows([batch.numbers[i] for i in kept], [batch.rows[i] for i in kept], batch.bad, left_out)
                 yield batch
         except READ_ERRORS as error:
             raise UnreadableFile(f"cannot read {piece.where} as {self.dataset.format}: {reason_of(error)}") from error
