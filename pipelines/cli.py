@@ -150,22 +150,31 @@ def _evaluate(args: list[str]) -> int:
         "--num-candidates", type=int, default=None, help="answers drawn for each row, the best is scored"
     )
     parser.add_argument("--ranking", choices=get_args(Ranking), default=None, help="what makes a candidate the best")
+    parser.add_argument("--bertscore-model", default="", help="folder of an encoder: BERTScore too")
+    parser.add_argument("--perplexity-model", default="", help="folder of a causal language model: perplexity too")
+    parser.add_argument("--diversity", type=int, default=0, metavar="K", help="K answers a row: how they differ")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "max_rows", "num_candidates")
+    if chosen.diversity < 0 or chosen.diversity == 1:
+        raise UsageError(f"--diversity must be 0 or >= 2 answers a row, got {chosen.diversity}")
     config = parse_config("evaluate", ["--config", chosen.config])
-    from pipelines.evaluation import evaluate_model, summary
+    from collections import Counter
+
+    from pipelines.evaluation import Extras, evaluate_model, summary
     from pipelines.prepare import read_text_rows
     from yan_core.checkpoint import read_config
 
     read_config(chosen.model)
-    rows = read_text_rows(config, chosen.data)[: chosen.max_rows]
+    counts: Counter[str] = Counter()
+    rows = read_text_rows(config, chosen.data, counts)[: chosen.max_rows]
     named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
     given = {name: value for name, value in named.items() if value is not None}
     sampling = dataclasses.replace(config.evaluation.sampling, **given)
     how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling)
-    (quality,) = evaluate_model(Path(chosen.model), rows, how)
-    result = summary(quality, len(rows), Path(chosen.model), chosen.data)
+    extras = Extras(chosen.bertscore_model, chosen.perplexity_model, chosen.diversity)
+    (quality,) = evaluate_model(Path(chosen.model), rows, how, extras=extras)
+    result = summary(quality, len(rows), Path(chosen.model), chosen.data, counts)
     print(json.dumps(result, indent=2))
     if chosen.json:
         from yan_core.files import write_file

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources import Piece, Rows, Source, UnreadableFile, fields_of
+from pipelines.sources import Piece, Rows, Source, UnreadableFile, fields_of, value_at
 from yan_core.config import CleanConfig, DataConfig
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task
@@ -315,7 +315,7 @@ class Encode:
         for _, row, fields, source, target in good:
             part = self._held_out_part(row, source)
             if part:
-                texts.setdefault(part, []).append(_as_text(fields, source, target))
+                texts.setdefault(part, []).append(_as_text(fields, source, target, self.task))
         for part, rows in texts.items():
             writer(part, "text").add(pa.Table.from_pylist(rows, SCHEMAS["text"]))
         return bad
@@ -362,10 +362,9 @@ class Encode:
         return bad
 
 
-def _as_text(fields: dict[str, Any], source: str, target: str) -> dict[str, Any]:
-    answers = fields.get("answers")
-    answers = [str(a) for a in answers] if isinstance(answers, list) and answers else [target]
-    return {"source": source, "target": target, "answers": answers, "kind": str(fields.get("kind") or "")}
+def _as_text(fields: dict[str, Any], source: str, target: str, task: Task) -> dict[str, Any]:
+    kind = str(fields.get("kind") or "")
+    return {"source": source, "target": target, "answers": task.answers(fields), "kind": kind}
 
 
 def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -374,13 +373,14 @@ def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
     Raises:
         ValueError: If the template cannot be filled in.
     """
-    return _as_text(fields, *task.pair(fields))
+    return _as_text(fields, *task.pair(fields), task)
 
 
 def _document_of(row: dict[str, Any], source: Source, text: Callable[[], str]) -> int:
     """Key of the document that a row belongs to; `text` gives the row's own."""
     column = source.dataset.document
-    return document_key(str(row[column]) if column in row else text())
+    named = value_at(row, column) if column else None
+    return document_key(text() if named is None else str(named))
 
 
 def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
@@ -397,8 +397,10 @@ def document_keys(source: Source, task: Task) -> Iterator[int]:
         try:
             for batch in source.rows(piece):
                 for row in batch.rows:
-                    fields = fields_of(row, source.dataset.columns)
-                    if all(isinstance(fields.get(name), str) for name in task.fields):
-                        yield _document_of(row, source, lambda fields=fields: text_row(fields, task)["source"])
-        except (UnreadableFile, ValueError):
+                    try:
+                        text, _ = task.pair(fields_of(row, source.dataset.columns))
+                    except ValueError:  # an unusable row, which is set aside when it is encoded
+                        continue
+                    yield _document_of(row, source, lambda text=text: text)
+        except UnreadableFile:
             continue

@@ -1,22 +1,34 @@
-"""Quality of one saved model on fixed rows, at any number of solver steps, with no oracle of the answer's length."""
+"""Quality and speed of one saved model on fixed rows, at any number of solver steps.
+
+Quality is measured with the model's own length of an answer and, beside it, told the length of the right one. Only
+answers are scored; the seed of a row is its place, so that evaluating twice gives the same figures.
+"""
 
 from __future__ import annotations
 
 import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import yan_core
+from pipelines.speed import Speed, measure_speed
+from yan_core.bootstrap import Scores, bootstrap
 from yan_core.config import EvaluationConfig
+from yan_core.diversity import diversity
 from yan_core.files import code_commit
-from yan_core.metrics import METRICS
-from yan_core.tasks import get_task
+from yan_core.metrics import is_valid_label, score
+from yan_core.tasks import Task, get_task
+from yan_core.tokenization import MASK
+
+WHOLE_TEXT = ("token_f1", "rouge_l")
+"""Metrics that are given of the whole text too, where the answer is a part of it: it flatters, as most was copied."""
+
+Measure = Callable[[list[str], list[str], list[list[str]]], Scores]
+"""What comes before each answer, the answers, and the right ones of each -> scores."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,16 @@ class Quality:
     Attributes:
         num_steps: Solver steps.
         nfe: Trunk passes an answer; equal to num_steps with Euler's method and no guidance.
-        metric: Name of `value`.
+        metric: Name of `value`, the task's main metric.
         value: The metric, in [0, 1], the model choosing the length of its answers.
         by_kind: The same for each kind of question, where rows have kinds.
         oracle_value: The same where the model is told the length of the (first) right answer.
         latency_ms_batch_1: Median time of one request alone, text to text.
         examples: Source, target and answer of some rows.
+        metrics: Every metric by name, and as `<name>_oracle_length` where the model was told the length.
+        intervals: Lower and upper end of the 95 % interval of each of `metrics`.
+        counts: Generated tokens, sources cut (and their tokens), answers that are no label.
+        speed: Attributes of a `Speed`.
     """
 
     num_steps: int
@@ -42,16 +58,39 @@ class Quality:
     oracle_value: float
     latency_ms_batch_1: float
     examples: list[dict[str, str]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    speed: dict[str, float | None] = field(default_factory=dict)
 
 
-def answer_rows(
+@dataclass(frozen=True)
+class Extras:
+    """What is measured only where it is asked for.
+
+    Attributes:
+        bertscore_model: Folder of an encoder for BERTScore; empty: none.
+        perplexity_model: Folder of a causal language model for generative perplexity; empty: none.
+        diversity: Answers drawn for each row, with different seeds, to tell how much they differ; 0: none.
+    """
+
+    bertscore_model: str = ""
+    perplexity_model: str = ""
+    diversity: int = 0
+
+    def __post_init__(self) -> None:
+        if self.diversity < 0 or self.diversity == 1:
+            raise ValueError(f"diversity must be 0 or >= 2 answers a row, got {self.diversity}")
+
+
+def generate_rows(
     generator: yan_core.TextGenerator,
     rows: Sequence[Mapping[str, Any]],
     num_steps: int,
     config: EvaluationConfig,
     seeds: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
-) -> list[str]:
+) -> list[yan_core.Generation]:
     """Answer every row, those of like length in a batch; the seeds keep each answer the same in any order.
 
     Args:
@@ -64,7 +103,7 @@ def answer_rows(
     """
     seeds = range(len(rows)) if seeds is None else seeds
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
-    answers = [""] * len(rows)
+    found: dict[int, yan_core.Generation] = {}
     for start in range(0, len(order), config.batch_size):
         places = order[start : start + config.batch_size]
         done = generator.generate(
@@ -74,9 +113,20 @@ def answer_rows(
             lengths=[lengths[i] for i in places] if lengths is not None else None,
             **vars(config.sampling),
         )
-        for place, generation in zip(places, done, strict=True):
-            answers[place] = generation.text
-    return answers
+        found.update(zip(places, done, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def answer_rows(
+    generator: yan_core.TextGenerator,
+    rows: Sequence[Mapping[str, Any]],
+    num_steps: int,
+    config: EvaluationConfig,
+    seeds: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> list[str]:
+    """The answers' texts of `generate_rows`."""
+    return [found.text for found in generate_rows(generator, rows, num_steps, config, seeds, lengths)]
 
 
 def score_rows(
@@ -87,7 +137,49 @@ def score_rows(
     A model that writes lower case alone is scored in lower case.
     """
     references = [[generator.tokenizer.normalize(a) for a in row["answers"]] for row in rows]
-    return METRICS[metric](answers, references)
+    return score(metric, answers, references).value
+
+
+def score_answers(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    answers: Sequence[str],
+    normalize: Callable[[str], str] = lambda text: text,
+    extras: Mapping[str, Measure] | None = None,
+) -> dict[str, Scores]:
+    """Every metric of a task, for the answers of any system.
+
+    Args:
+        task: Names the metrics.
+        rows: Each with its `source` and its right `answers`, any of which counts.
+        answers: One a row.
+        normalize: What the system cannot write is taken out of sources and right answers, such as upper case.
+        extras: More metrics by name.
+    """
+    sources = [normalize(row["source"]) for row in rows]
+    references = [[normalize(a) for a in row["answers"]] for row in rows]
+    found = {metric: score(metric, answers, references) for metric in task.metrics}
+    if all(MASK in source for source in sources):
+        texts = [task.whole(source, answer) for source, answer in zip(sources, answers, strict=True)]
+        right = [[task.whole(source, r) for r in rs] for source, rs in zip(sources, references, strict=True)]
+        found |= {f"{metric}_whole_text": score(metric, texts, right) for metric in WHOLE_TEXT}
+    before = [source.split(MASK)[0] for source in sources]
+    return found | {name: measure(before, list(answers), references) for name, measure in (extras or {}).items()}
+
+
+def _load_extras(extras: Extras, device: str) -> dict[str, Measure]:
+    found: dict[str, Measure] = {}
+    if extras.bertscore_model:
+        from yan_core.model_metrics import BertScore
+
+        bert_score = BertScore(extras.bertscore_model, device)
+        found["bertscore"] = lambda before, answers, references: bert_score(answers, references)
+    if extras.perplexity_model:
+        from yan_core.model_metrics import Perplexity
+
+        perplexity = Perplexity(extras.perplexity_model, device)
+        found["perplexity"] = lambda before, answers, references: perplexity(before, answers)
+    return found
 
 
 def evaluate_model(
@@ -96,10 +188,9 @@ def evaluate_model(
     config: EvaluationConfig,
     device: str = "cpu",
     on_done: Callable[[Quality], None] | None = None,
+    extras: Extras | None = None,
 ) -> list[Quality]:
-    """Answer every row at each number of steps and score it.
-
-    The seed of a row is its place in `rows`, so evaluating twice gives the same figures.
+    """Answer every row at each number of steps, score it and time it.
 
     Args:
         folder: Model folder.
@@ -108,38 +199,54 @@ def evaluate_model(
         config: Numbers of solver steps, batch size, and how answers are sampled.
         device: Where the model runs.
         on_done: Called after each number of steps.
+        extras: What else is measured; None: nothing.
 
     Raises:
-        ValueError: If there is no row.
+        ValueError: If there is no row, or no model in a folder that `extras` names.
     """
     if not rows:
         raise ValueError("nothing to evaluate: no row is left after the filter")
+    extras = extras or Extras()
+    others = _load_extras(extras, device)
     generator = yan_core.load(folder, device)
-    metric = get_task(generator.details["task"]).metric
+    task, normalize = get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
     true_lengths = [min(max(1, len(e.ids)), generator.max_target_tokens) for e in encoded]
     for steps in config.num_steps:
-        answers = answer_rows(generator, rows, steps, config)
+        own = generate_rows(generator, rows, steps, config)
+        answers = [found.text for found in own]
         told = answer_rows(generator, rows, steps, config, lengths=true_lengths)
-        kinds = sorted({r["kind"] for r in rows if r.get("kind")})
+        scores = score_answers(task, rows, answers, normalize, others)
+        of_told = score_answers(task, rows, told, normalize, others)
+        if extras.diversity:
+            drawn = [answers]
+            for candidate in range(1, extras.diversity):
+                seeds = range(candidate * len(rows), (candidate + 1) * len(rows))
+                drawn.append(answer_rows(generator, rows, steps, config, seeds))
+            scores |= diversity(list(zip(*drawn, strict=True)))
         by_kind = {}
-        for kind in kinds:
-            chosen = [i for i, r in enumerate(rows) if r["kind"] == kind]
-            by_kind[kind] = score_rows(generator, metric, [rows[i] for i in chosen], [answers[i] for i in chosen])
-        latency_ms, nfe = _latency_ms(generator, [r["source"] for r in rows[:20]], steps, vars(config.sampling))
+        for kind in sorted({r["kind"] for r in rows if r.get("kind")}):
+            by_kind[kind] = scores[task.metric].of_rows([i for i, r in enumerate(rows) if r["kind"] == kind]).value
+        every = scores | {f"{name}_oracle_length": found for name, found in of_told.items()}
+        intervals = bootstrap(every)
+        speed = _speed(generator, [r["source"] for r in rows], steps, vars(config.sampling))
         quality = Quality(
             num_steps=steps,
-            nfe=nfe,
-            metric=metric,
-            value=score_rows(generator, metric, rows, answers),
+            nfe=own[0].nfe,
+            metric=task.metric,
+            value=scores[task.metric].value,
             by_kind=by_kind,
-            oracle_value=score_rows(generator, metric, rows, told),
-            latency_ms_batch_1=latency_ms,
+            oracle_value=of_told[task.metric].value,
+            latency_ms_batch_1=speed.latency_ms_p50,
             examples=[
                 {"source": r["source"], "target": " | ".join(r["answers"]), "answer": a}
                 for r, a in list(zip(rows, answers, strict=True))[:10]
             ],
+            metrics={name: found.value for name, found in intervals.items()},
+            intervals={name: [found.low, found.high] for name, found in intervals.items()},
+            counts=_counts(task, rows, own, normalize),
+            speed=vars(speed),
         )
         results.append(quality)
         if on_done is not None:
@@ -147,31 +254,62 @@ def evaluate_model(
     return results
 
 
-def _latency_ms(
-    generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int, how: dict[str, Any]
-) -> tuple[float, int]:
-    """Median time of a request alone, in milliseconds, and its trunk passes."""
-    times, nfe = [], 0
-    for source in sources:
-        started = time.perf_counter()
-        nfe = generator.generate([source], num_steps, **how)[0].nfe
-        times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times), nfe
+def _counts(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    found: Sequence[yan_core.Generation],
+    normalize: Callable[[str], str],
+) -> dict[str, int]:
+    counts = {
+        "generated_tokens": sum(len(f.tokens) for f in found),
+        "sources_cut": sum(f.source_tokens_cut > 0 for f in found),
+        "source_tokens_cut": sum(f.source_tokens_cut for f in found),
+    }
+    if "accuracy" in task.metrics:
+        valid = is_valid_label([f.text for f in found], [[normalize(a) for a in row["answers"]] for row in rows])
+        counts["invalid_labels"] = valid.count(False)
+    return counts
 
 
-def summary(quality: Quality, num_rows: int, folder: Path, data: str) -> dict[str, Any]:
-    """What `yan evaluate --json` writes."""
-    oracle = {f"{quality.metric}_oracle_length": quality.oracle_value}
+def _speed(generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int, how: dict[str, Any]) -> Speed:
+    def answer(batch: Sequence[str]) -> list[int]:
+        return [len(found.tokens) for found in generator.generate(batch, num_steps, **how)]
+
+    return measure_speed(answer, sources)
+
+
+def summary(
+    quality: Quality, num_rows: int, folder: Path, data: str, counts: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """What `yan evaluate --json` writes.
+
+    Args:
+        quality: The figures.
+        num_rows: Rows that were scored.
+        folder: Model folder.
+        data: File of the rows.
+        counts: What became of the file's rows.
+    """
     by_kind = {f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}
+    times = dict(quality.speed)
+    latency = {"batch_1_p50": times.pop("latency_ms_p50"), "batch_1_p95": times.pop("latency_ms_p95")}
     return {
-        "metrics": {quality.metric: quality.value, **by_kind, **oracle},
-        "counts": {"rows": num_rows},
-        "latency_ms": {"batch_1_p50": quality.latency_ms_batch_1},
+        "metric": quality.metric,
+        "metrics": {**quality.metrics, **by_kind},
+        "intervals": quality.intervals,
+        "counts": {"rows": num_rows, **quality.counts, **(counts or {})},
+        "latency_ms": latency,
+        "speed": times,
         "num_steps": quality.num_steps,
         "nfe": quality.nfe,
         "length": "own",
         "model": str(folder),
         "data": data,
         "commit": code_commit(),
-        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {
+            "cpu": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "precision": "float32",
+        },
     }

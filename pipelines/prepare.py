@@ -168,9 +168,13 @@ def do_pieces(
 
 
 def _check_fields(source: Source, task: Task) -> None:
+    def has(field: str) -> bool:
+        column = source.dataset.columns.get(field, field)
+        return not source.columns or column in source.columns or column.split(".")[0] in source.columns
+
     for field in task.fields:
         column = source.dataset.columns.get(field, field)
-        if source.columns and column not in source.columns:
+        if not has(field) and not (field == task.target and task.references and has(task.references)):
             raise DataError(
                 f"data set {source.name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
                 f"it has {', '.join(source.columns)}. Map it: data.datasets.{source.name}.columns.{field}=<column>"
@@ -248,8 +252,7 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
                 clean(row[column], config.data.clean) for row in rows(source) if isinstance(row.get(column), str)
             )
         for row in rows(pairs):
-            fields = fields_of(row, pairs.dataset.columns)
-            yield from (fields[f] for f in task.fields if isinstance(fields.get(f), str))
+            yield from task.texts(fields_of(row, pairs.dataset.columns))
 
     read = texts()
     first = next(read, None)
@@ -403,12 +406,13 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, json.loads(manifest.read_text(encoding="utf-8")))
 
 
-def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
+def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = None) -> list[dict[str, Any]]:
     """Rows of one file as source, target, answers and kind, through the config's data set and template.
 
     Args:
         config: Its data set gives columns and row filter, its task the template.
         path: A file with the data set's columns; its ending tells the format, where it has one.
+        counts: Takes what became of the file's rows: `rows_filtered` by the data set's `where`, `rows_unusable`.
 
     Raises:
         DataError: If the file is missing, cannot be used or has more unusable rows than allowed.
@@ -425,7 +429,9 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
     _check_fields(source, task)
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
+    filtered = 0
     for batch in (batch for piece in source.pieces for batch in source.rows(piece)):
+        filtered += batch.filtered
         bad += [{"file": path, **b, "row": None} for b in batch.bad]
         for number, row in zip(batch.numbers, batch.rows, strict=True):
             try:
@@ -433,4 +439,6 @@ def read_text_rows(config: RunConfig, path: str) -> list[dict[str, Any]]:
             except ValueError as error:
                 bad.append({"file": path, "row_number": number, "reason": str(error), "row": row})
     _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
+    if counts is not None:
+        counts.update(rows_filtered=filtered, rows_unusable=len(bad))
     return good

@@ -315,7 +315,8 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
 
     def show(q: Quality) -> None:
         kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
-        oracle = f"  (told the length: {q.oracle_value:.4f})"
+        low, high = q.intervals[q.metric]
+        oracle = f" [{low:.3f}, {high:.3f}]  (told the length: {q.oracle_value:.4f})"
         say(
             f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{oracle}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)"
         )
@@ -323,8 +324,8 @@ def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: T
     device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
     quality = evaluate_model(model, rows, how, device, on_done=show)
     for q in quality:
-        named = {f"eval/{q.metric}": q.value, "eval/latency_ms": q.latency_ms_batch_1}
-        named[f"eval/{q.metric}_oracle_length"] = q.oracle_value
+        named = {f"eval/{name}": value for name, value in q.metrics.items()}
+        named["eval/latency_ms"] = q.latency_ms_batch_1
         tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
     middle = quality[len(quality) // 2]
     tracker.table([{**e, "num_steps": str(middle.num_steps)} for e in middle.examples], "examples.json")

@@ -72,11 +72,13 @@ class Rows:
         numbers: Each row's number in its file, from 0.
         rows: The rows under their own column names.
         bad: What could not be read as a row, with `row_number` and `reason`.
+        filtered: How many rows the data set's `where` left out.
     """
 
     numbers: list[int]
     rows: list[dict[str, Any]]
     bad: list[dict[str, Any]] = field(default_factory=list)
+    filtered: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ class Source:
         try:
             for batch in self.read(piece):
                 kept = [i for i, row in enumerate(batch.rows) if self._wanted(row)]
-                if len(kept) < len(batch.rows):
-                    batch = Rows([batch.numbers[i] for i in kept], [batch.rows[i] for i in kept], batch.bad)
+                left_out = len(batch.rows) - len(kept)
+                if left_out:
+                    batch = Rows([batch.numbers[i] for i in kept], [batch.rows[i] for i in kept], batch.bad, left_out)
                 yield batch
         except READ_ERRORS as error:
             raise UnreadableFile(f"cannot read {piece.where} as {self.dataset.format}: {reason_of(error)}") from error
@@ -412,6 +415,20 @@ def reason_of(error: BaseException) -> str:
     return (raised[-1:] or lines or [type(error).__name__])[0][:300]
 
 
+def value_at(row: dict[str, Any], column: str) -> Any:
+    """A column's value, or what it holds inside: `document.summary.text`; of a list, that of each entry; else None."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        if isinstance(value, list):
+            value = [entry.get(name) if isinstance(entry, dict) else None for entry in value]
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def fields_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """A row with its columns renamed to template fields: `columns` maps field -> column."""
-    return {**row, **{field: row[column] for field, column in columns.items() if column in row}}
+    """A row with its columns renamed to template fields: `columns` maps field -> column, see `value_at`."""
+    found = {field: value_at(row, column) for field, column in columns.items() if column.split(".")[0] in row}
+    return {**row, **found}

@@ -455,7 +455,8 @@ class DatasetConfig:
     """Column that says which document or passage a row belongs to; empty: its text. Rows of one document fall into one
     split, and training rows whose document is among the validation rows are dropped."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Template field -> column, where the names differ."""
+    """Template field -> column, where the names differ. `a.b` is what column `a` holds under `b`; of a list, all of
+    them."""
     where: dict[str, str] = field(default_factory=dict)
     """Row filter: column -> the value it must have. The other rows are not part of the data set."""
     num_train: int = 20_000

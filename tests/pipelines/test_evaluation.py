@@ -1,15 +1,18 @@
 """Scores of a saved model on given rows."""
 
+import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 import yan_core
-from pipelines.evaluation import evaluate_model, summary
+from pipelines.evaluation import Extras, evaluate_model, summary
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import EvaluationConfig, SamplingConfig, TokenizerConfig
 from yan_core.model import build_model
+from yan_core.tasks import get_task
 from yan_core.tokenization import Tokenizer
 
 TWO_STEPS = EvaluationConfig(num_steps=(2,))
@@ -55,7 +58,10 @@ def test_a_row_keeps_its_seed_in_any_batch_and_kinds_have_their_own_figure(model
     wrong, right = rows[0]["kind"], {"a": "b", "b": "a"}[rows[0]["kind"]]
     assert quality.by_kind[wrong] < quality.value < quality.by_kind[right] == 1
     written = summary(quality, len(rows), folder, "rows.parquet")
-    assert written["metrics"]["exact_match"] == quality.value and written["counts"] == {"rows": len(rows)}
+    assert written["metrics"]["exact_match"] == quality.value and written["counts"]["rows"] == len(rows)
+    assert written["metrics"][f"exact_match/{wrong}"] == quality.by_kind[wrong]
+    low, high = written["intervals"]["exact_match"]
+    assert low < quality.value < high == 1
 
 
 @pytest.mark.parametrize("length", ["fill", "predicted"])
@@ -72,7 +78,9 @@ def test_a_model_is_scored_with_its_own_lengths_and_with_the_true_ones(tmp_path,
     assert quality.oracle_value == 1
     assert quality.value == sum(a == r["answers"][0] for a, r in zip(own, rows, strict=True)) / 3 < 1
     written = summary(quality, 3, tmp_path, "rows.parquet")["metrics"]
-    assert written == {"exact_match": quality.value, "exact_match_oracle_length": 1.0}
+    task = get_task("question_answering")
+    assert set(written) == {*task.metrics, *(f"{m}_oracle_length" for m in task.metrics)}
+    assert (written["exact_match"], written["exact_match_oracle_length"]) == (quality.value, 1.0)
 
 
 def test_trunk_passes_are_reported_as_they_are(model_folder):
@@ -82,6 +90,47 @@ def test_trunk_passes_are_reported_as_they_are(model_folder):
     three = EvaluationConfig(num_steps=(3,))
     (plain,), (dear,) = (evaluate_model(folder, rows, how) for how in (three, replace(three, sampling=guided)))
     assert (plain.nfe, dear.nfe) == (3, 12)
+
+
+def test_evaluating_twice_gives_the_same_quality_to_the_last_digit(model_folder):
+    folder, _ = model_folder
+    rows = [{"source": f"{text} {i}", "answers": ["kitchen", "Mary went"]} for i, text in enumerate(TEXTS * 4)]
+    found = []
+    for seed in (0, 1):  # nothing may depend on the process's own generators
+        torch.manual_seed(seed)
+        random.seed(seed)
+        (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, batch_size=5), extras=Extras(diversity=3))
+        found.append((quality.metrics, quality.intervals, quality.counts, quality.examples))
+    assert found[0] == found[1]
+
+
+def test_several_answers_a_row_tell_how_they_differ(model_folder):
+    folder, _ = model_folder
+    rows = [{"source": text, "answers": ["x"]} for text in TEXTS]
+    (quality,) = evaluate_model(folder, rows, TWO_STEPS, extras=Extras(diversity=3))
+    generator = yan_core.load(folder)
+    shares = []
+    for i, row in enumerate(rows):
+        texts = {generator.generate([row["source"]], 2, seeds=i + k * len(rows))[0].text for k in range(3)}
+        shares.append(len(texts) / 3)
+    assert quality.metrics["distinct_answers"] == pytest.approx(sum(shares) / 3)
+    assert {"self_bleu", "distinct_1", "distinct_2"} <= set(quality.intervals)
+    with pytest.raises(ValueError, match="0 or >= 2"):
+        Extras(diversity=1)
+
+
+def test_labels_that_are_none_and_sources_that_are_cut_are_counted(tmp_path):
+    tokenizer = Tokenizer.train([*TEXTS, "Sports World"], TokenizerConfig())
+    model = build_model(tiny_model().config, tokenizer.vocab_size, seed=0)
+    save_pretrained(tmp_path / "model", model, tokenizer, {**DETAILS, "task": "classification"})
+    rows = [{"source": text, "answers": ["World"]} for text in [*TEXTS, " ".join(["Mary"] * 20)]]
+    (quality,) = evaluate_model(tmp_path / "model", rows, TWO_STEPS)
+    answers = [example["answer"] for example in quality.examples]
+    counts = summary(quality, 4, tmp_path, "x.jsonl", {"rows_filtered": 7})["counts"]
+    assert (counts["rows"], counts["rows_filtered"]) == (4, 7)
+    assert counts["invalid_labels"] == sum(answer != "World" for answer in answers)
+    assert (counts["sources_cut"], counts["source_tokens_cut"]) == (1, 4)
+    assert set(quality.metrics) >= {"accuracy", "macro_f1", "accuracy_oracle_length"}
 
 
 def test_nothing_to_score_is_an_error(model_folder):
