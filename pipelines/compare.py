@@ -29,6 +29,7 @@ from pipelines.compute import step_flops, training_flops
 from pipelines.prepare import Prepared
 from pipelines.results import markdown, pictures
 from pipelines.run import RunResult, prepare_step, run, run_lock, say
+from pipelines.speed import measure_speed
 from pipelines.state import STAGES
 from pipelines.tracking import Tracker, check_tracking
 from yan_core.config import BaselineConfig, RunConfig, from_dict, to_dict, unknown_name
@@ -147,59 +148,39 @@ def share_prepared(config: RunConfig, own: RunConfig) -> None:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How fast one model answers at one number of steps, text to text.
-
-    Attributes:
-        ms_batch_1: Median of single requests, in milliseconds.
-        ms_per_1000_tokens_batch_64: Milliseconds for a thousand generated tokens in batches of 64; what fills an answer
-            up after its end is not counted.
-        nfe: Passes of a request, the most there were.
-    """
-
-    ms_batch_1: float
-    ms_per_1000_tokens_batch_64: float
-    nfe: int
-
-
 def measure_speeds(
-    models: Mapping[str, tuple[Path, Sequence[int]]], sources: Sequence[str], turns: int = 3, singles: int = 20
-) -> dict[str, dict[int, Speed]]:
+    models: Mapping[str, tuple[Path, Sequence[int]]], sources: Sequence[str], turns: int = 3
+) -> dict[str, dict[int, dict[str, float]]]:
     """Speed of every model at every number of steps, all taking turns, so that a noisy machine hits them alike.
 
     Args:
         models: By contestant: folder, and numbers of steps.
-        sources: Texts to answer, the first `singles` of them alone.
+        sources: Texts to answer.
         turns: How often each has its turn.
-        singles: Requests of a turn at batch 1.
+
+    Returns:
+        By contestant and number of steps: medians of a `Speed`'s attributes, and `nfe`, the most passes of a request
+        alone.
     """
     loaded = {name: yan_core.load(folder) for name, (folder, _) in models.items()}
     cells = [(name, steps) for name, (_, counts) in models.items() for steps in counts]
-    alone: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    batched: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    passes = dict.fromkeys(cells, 0)
-    for turn in range(turns + 1):  # the first one warms up
+    found: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells}
+    for _ in range(turns):
         for name, steps in cells:
-            cell, generator = (name, steps), loaded[name]
-            single = [generator.generate([source], steps)[0] for source in sources[: singles if turn else 1]]
-            together = generator.generate(list(sources[:64]), steps)
-            passes[cell] = max(passes[cell], *(answer.nfe for answer in single))
-            if turn:
-                tokens = sum(len(answer.tokens) for answer in together)
-                alone[cell] += [answer.latency_ms for answer in single]
-                batched[cell].append(1000 * together[0].latency_ms / max(1, tokens))
-    return {
-        name: {
-            steps: Speed(
-                statistics.median(alone[name, steps]),
-                statistics.median(batched[name, steps]),
-                passes[name, steps],
-            )
-            for steps in counts
-        }
-        for name, (_, counts) in models.items()
+            passes = []
+
+            def answer(texts: Sequence[str], name: str = name, steps: int = steps, passes: list = passes) -> list[int]:
+                answers = loaded[name].generate(texts, steps)
+                if len(texts) == 1:
+                    passes.append(answers[0].nfe)
+                return [len(a.tokens) for a in answers]
+
+            speed = {k: float("nan") if v is None else v for k, v in vars(measure_speed(answer, sources)).items()}
+            found[name, steps].append({**speed, "nfe": max(passes)})
+    medians = {
+        cell: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for cell, turns in found.items()
     }
+    return {name: {steps: medians[name, steps] for steps in counts} for name, (_, counts) in models.items()}
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -253,7 +234,11 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[st
 
 
 def entry(
-    contestant: Contestant, config: RunConfig, result: RunResult, speeds: Mapping[int, Speed], prepared: Prepared
+    contestant: Contestant,
+    config: RunConfig,
+    result: RunResult,
+    speeds: Mapping[int, dict[str, float]],
+    prepared: Prepared,
 ) -> dict[str, Any]:
     """A contestant's part of the report."""
     model = yan_core.load(result.model).model
@@ -267,7 +252,7 @@ def entry(
         "training_steps": {stage: getattr(config.stages, stage).max_steps for stage in STAGES},
         "training_s": trained_s(Path(config.runs_dir) / config.name, result),
         "quality": [dataclasses.asdict(q) for q in result.quality],
-        "speed": {str(steps): dataclasses.asdict(speed) for steps, speed in speeds.items()},
+        "speed": {str(steps): speed for steps, speed in speeds.items()},
     }
 
 

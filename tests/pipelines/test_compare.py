@@ -89,7 +89,7 @@ def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
     yan, ar = report["contestants"].values()
     assert yan["training_flops"] == pytest.approx(ar["training_flops"], rel=0.1)
     assert [q["num_steps"] for q in yan["quality"]] == [1, 3] and len(ar["quality"]) == 1
-    assert all(speed["ms_batch_1"] > 0 for of in (yan, ar) for speed in of["speed"].values())
+    assert all(speed["latency_ms_p50"] > 0 for of in (yan, ar) for speed in of["speed"].values())
     assert yan["speed"]["3"]["nfe"] == 3 and 1 <= ar["speed"]["1"]["nfe"] <= 14
     folder = tmp_path.joinpath(config.runs_dir, "tiny", "compare")
     assert {p.name for p in folder.iterdir()} == {
