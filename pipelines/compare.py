@@ -104,6 +104,8 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
             dropout=config.model.dropout,
             max_positions=max(longest, 2 * config.data.window_tokens),
         )
+        heads = [n for n in range(1, config.model.num_heads + 1) if shape.d_model % (2 * n) == 0]
+        shape = dataclasses.replace(shape, num_heads=max(shape.num_heads, *heads))  # no fewer than YAN has
         changes = merged({"baseline": to_dict(shape)}, changes)
         most = config.data.max_target_tokens
         steps = [1] if contestant.family != "masked_diffusion" else sorted({1, 2, 3, 4, 8, most} & {*range(most + 1)})

@@ -33,7 +33,6 @@ def run_config(folder: Path, steps: int, batch_size: int, name: str, workers: in
     settings = {
         "name": name,
         "runs_dir": str(folder),
-        "log_every_s": 1.0,
         "data": {"max_target_tokens": 14},
         "model": MODEL,
         "stages": {

@@ -1,10 +1,12 @@
 """Comparing models: equal data, size and compute; variants from a file; tables and pictures of a report."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from pipelines.cli import UsageError, main
+import pipelines
+from pipelines.cli import UsageError, main, parse_config
 from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
@@ -13,6 +15,7 @@ from pipelines.results import main as write_page
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
 
+CONFIGS = Path(pipelines.__file__).parent / "configs"
 BASELINES = [name for name, contestant in CONTESTANTS.items() if contestant.family]
 
 
@@ -66,6 +69,15 @@ def test_variants_are_read_nested_or_dotted(tmp_path):
         "k8": Contestant("eight experts", {"model": {"num_experts": 8, "top_k": 2}}),
         "plain2": Contestant("plain2"),
     }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("variants/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("base", ["world", "ag_news"])
+def test_shipped_variants_fit_the_recipes(path, base):
+    config = parse_config("compare", ["--config", str(CONFIGS / f"{base}.yaml")])
+    variants = read_variants(str(path))
+    found = {name: entered(name, contestant, config, 1_000_000) for name, contestant in variants.items()}
+    assert all(own != config for own in found.values()) and len(found) >= 8
 
 
 @pytest.mark.parametrize("text", ["[]", "k8: 3", "k8: {setting: {}}", "k8: {settings: 4}"])
