@@ -28,6 +28,10 @@ MODEL = {"d_model": 160, "num_heads": 5, "decoder_blocks": 1, "flow_blocks": 3, 
 """That of size_5m.yaml."""
 
 
+START_S = 10.0
+"""Seconds of the start that are left out: beside the first steps the worker imports MLflow, once in a training."""
+
+
 def run_config(folder: Path, steps: int, batch_size: int, name: str, workers: int = 1) -> RunConfig:
     """A fine-tune of that many steps from fresh weights."""
     settings = {
@@ -46,7 +50,10 @@ def run_config(folder: Path, steps: int, batch_size: int, name: str, workers: in
 
 
 def with_ray(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
-    """First and last step of what was timed, seconds between them, and the share of them spent waiting for data."""
+    """First and last step of what was timed, seconds between them, and the share of them spent waiting for data.
+
+    The first START_S seconds of training are left out.
+    """
     import mlflow
 
     from pipelines.run import run
@@ -59,6 +66,8 @@ def with_ray(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
 
     per_step, waits = history("step_ms"), dict(history("data_wait_share"))
     seconds = wait = 0.0
+    while len(per_step) > 2 and per_step[0][0] * per_step[0][1] < 1000 * START_S:
+        per_step = per_step[1:]
     for (before, _), (step, ms) in zip(per_step, per_step[1:], strict=False):
         seconds += (step - before) * ms / 1000
         wait += waits[step] * (step - before) * ms / 1000
