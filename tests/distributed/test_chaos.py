@@ -82,7 +82,7 @@ def losses_of(config: RunConfig) -> dict[tuple[str, int], list[float]]:
 
 def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_settings, tmp_path):
     """Ten kills at random moments, of a worker, a node's raylet or the driver."""
-    calm, wild = settings(tiny_settings, tmp_path, "calm", 1), settings(tiny_settings, tmp_path, "wild", 2)
+    calm, wild = settings(tiny_settings, tmp_path, "calm", 2), settings(tiny_settings, tmp_path, "wild", 2)
     process, log = start(calm, None)
     assert process.wait(600) == 0, log.read_text()
 
@@ -125,6 +125,6 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
     worst = max(abs(value - expected[key][0]) for key, values in found.items() for value in values)
     repeated = sum(len(values) > 1 for values in found.values())
     print(f"{kills}, {repeated} of {len(found)} steps done more than once, largest difference {worst:.2g}")
-    assert worst < 1e-5 and repeated
-    # Two workers again and again give the very same numbers, to the last digits of a float32 sum.
+    assert worst < 1e-6 and repeated
+    # What was done again after a kill gave the very same numbers.
     assert max(max(values) - min(values) for values in found.values()) < 1e-6
