@@ -26,17 +26,21 @@ from pipelines.benchmarks.machine import describe
 from pipelines.cli import UsageError, parse_config
 from pipelines.cluster import ray_session
 from pipelines.compute import step_flops, training_flops
+from pipelines.plain import device_of
 from pipelines.prepare import Prepared
 from pipelines.results import markdown, pictures
-from pipelines.run import RunResult, prepare_step, run, run_lock, say
+from pipelines.run import TRAINED, RunResult, prepare_step, read_inputs, rows_that_choose, run, run_lock, say
 from pipelines.speed import measure_speed
 from pipelines.state import STAGES
 from pipelines.tracking import Tracker, check_tracking
-from yan_core.config import BaselineConfig, RunConfig, from_dict, to_dict, unknown_name
+from yan_core.config import BaselineConfig, RunConfig, SamplingConfig, from_dict, to_dict, unknown_name
 from yan_core.files import atomic_folder, code_commit, write_file
 from yan_core.model import build_model
 
 SETTINGS_OF_A_VARIANT = ("label", "settings")
+
+KEPT = ("data", "tokenizer", "seed", "name", "runs_dir", "init_from")
+"""What all contestants have in common."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +99,26 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
         config: The run compared.
         size: Parameters for a baseline.
     """
-    changes = merged(contestant.settings, {"name": f"{config.name}-{name}"})
+    if not contestant.settings:
+        return config
+    changes = merged(contestant.settings, {"name": f"{config.name}-{name}", "tracking": {"model_name": ""}})
     if contestant.family:
-        longest = config.data.max_source_tokens + config.data.max_target_tokens
+        longest = config.data.max_source_tokens + config.data.max_target_tokens + 1
         shape = BaselineConfig.of_size(
             size,
             contestant.family,  # type: ignore[arg-type]  # checked by `from_dict` below
             dropout=config.model.dropout,
-            max_positions=max(longest, 2 * config.data.window_tokens),
+            max_positions=max(longest, 2 * config.data.window_tokens + 1),
         )
         heads = [n for n in range(1, config.model.num_heads + 1) if shape.d_model % (2 * n) == 0]
         shape = dataclasses.replace(shape, num_heads=max(shape.num_heads, *heads))  # no fewer than YAN has
         changes = merged({"baseline": to_dict(shape)}, changes)
         most = config.data.max_target_tokens
         steps = [1] if contestant.family != "masked_diffusion" else sorted({1, 2, 3, 4, 8, most} & {*range(most + 1)})
-        changes = merged(changes, {"stages": {"autoencoder": {"max_steps": 0}}, "evaluation": {"num_steps": steps}})
+        whole = {"trains": ["flow"]}
+        stages = {"autoencoder": {"max_steps": 0}, "flow": whole, "finetune": whole}
+        how = {"num_steps": steps, "sampling": to_dict(SamplingConfig())}
+        changes = merged(changes, {"stages": stages, "evaluation": how})
     return from_dict(RunConfig, merged(to_dict(config), changes))
 
 
@@ -119,15 +128,16 @@ def with_compute(config: RunConfig, prepared: Prepared, budget: Mapping[str, flo
     Args:
         config: A contestant's run.
         prepared: The data.
-        budget: Operations of each stage; what is meant for a stage that the contestant has not goes to its fine-tuning.
+        budget: Operations of each stage; what is meant for a stage that the contestant has not goes to its last one.
     """
     values = to_dict(config)
     stages = values["stages"]
     missing = sum(flops for stage, flops in budget.items() if not stages[stage]["max_steps"])
+    last = [stage for stage in STAGES if stages[stage]["max_steps"]][-1]
     for stage, flops in budget.items():
         if not stages[stage]["max_steps"]:
             continue
-        flops += missing if stage == "finetune" else 0.0
+        flops += missing if stage == last else 0.0
         # Twice: with more steps, a stage that grows its rows spends more on each.
         for _ in range(2):
             each = step_flops(from_dict(RunConfig, values), prepared, stage)
@@ -151,38 +161,46 @@ def share_prepared(config: RunConfig, own: RunConfig) -> None:
 
 
 def measure_speeds(
-    models: Mapping[str, tuple[Path, Sequence[int]]], sources: Sequence[str], turns: int = 3
-) -> dict[str, dict[int, dict[str, float]]]:
+    models: Mapping[str, tuple[Path, Sequence[int]]],
+    sources: Sequence[str],
+    sampling: Mapping[str, SamplingConfig],
+    device: str = "cpu",
+    turns: int = 3,
+) -> dict[str, dict[int, dict[str, float | None]]]:
     """Speed of every model at every number of steps, all taking turns, so that a noisy machine hits them alike.
 
     Args:
         models: By contestant: folder, and numbers of steps.
         sources: Texts to answer.
+        sampling: How each contestant's answers are drawn, as in the evaluation.
+        device: Where they run.
         turns: How often each has its turn.
 
     Returns:
-        By contestant and number of steps: medians of a `Speed`'s attributes, and `nfe`, the most passes of a request
-        alone.
+        By contestant and number of steps: medians of a `Speed`'s attributes, and `nfe`, the median number of passes of
+        a request alone.
     """
-    loaded = {name: yan_core.load(folder) for name, (folder, _) in models.items()}
+    loaded = {name: yan_core.load(folder, device) for name, (folder, _) in models.items()}
     cells = [(name, steps) for name, (_, counts) in models.items() for steps in counts]
-    found: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells}
+    found: dict[tuple[str, int], list[dict[str, float | None]]] = {cell: [] for cell in cells}
     for _ in range(turns):
         for name, steps in cells:
             passes = []
 
             def answer(texts: Sequence[str], name: str = name, steps: int = steps, passes: list = passes) -> list[int]:
-                answers = loaded[name].generate(texts, steps)
+                answers = loaded[name].generate(texts, steps, **vars(sampling[name]))
                 if len(texts) == 1:
                     passes.append(answers[0].nfe)
                 return [len(a.tokens) for a in answers]
 
-            speed = {k: float("nan") if v is None else v for k, v in vars(measure_speed(answer, sources)).items()}
-            found[name, steps].append({**speed, "nfe": max(passes)})
-    medians = {
-        cell: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]} for cell, turns in found.items()
-    }
+            found[name, steps].append({**vars(measure_speed(answer, sources)), "nfe": statistics.median(passes)})
+    medians = {cell: {key: _median([turn[key] for turn in of]) for key in of[0]} for cell, of in found.items()}
     return {name: {steps: medians[name, steps] for steps in counts} for name, (_, counts) in models.items()}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -211,18 +229,20 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[st
             own = entered(name, contestant, config, size)
             if contestant.settings:
                 own = with_compute(own, prepared, budget)
-            share_prepared(config, own)
+                share_prepared(config, own)
             say(f"\n{contestant.label}: {own.stages.finetune.max_steps} steps of fine-tuning")
             configs[name], runs[name] = own, run(own)
     counted = {name: (result.model, [q.num_steps for q in result.quality]) for name, result in runs.items()}
-    rows = prepared.validation(config.evaluation.max_rows)
+    sampling = {name: own.evaluation.sampling for name, own in configs.items()}
+    rows = prepared.validation(config.evaluation.max_rows, rows_that_choose(config))
+    device = str(device_of(config.scaling.use_gpu))
     say("\nspeed: all contestants in turns")
-    speeds = measure_speeds(counted, [row["source"] for row in rows])
+    speeds = measure_speeds(counted, [row["source"] for row in rows], sampling, device)
     report = {
         "name": config.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),
-        "machine": describe(torch.device("cpu")),
+        "machine": describe(torch.device(device)),
         "data": config.data.dataset,
         "task": config.data.task,
         "rows": len(rows),
@@ -239,7 +259,7 @@ def entry(
     contestant: Contestant,
     config: RunConfig,
     result: RunResult,
-    speeds: Mapping[int, dict[str, float]],
+    speeds: Mapping[int, dict[str, float | None]],
     prepared: Prepared,
 ) -> dict[str, Any]:
     """A contestant's part of the report."""
@@ -252,24 +272,16 @@ def entry(
         "parameters_without_embeddings": model.num_parameters(embeddings=False),
         "training_flops": sum(training_flops(config, prepared).values()),
         "training_steps": {stage: getattr(config.stages, stage).max_steps for stage in STAGES},
-        "training_s": trained_s(Path(config.runs_dir) / config.name, result),
+        "training_s": (read_inputs(Path(config.runs_dir) / config.name / TRAINED) or {}).get("seconds"),
         "quality": [dataclasses.asdict(q) for q in result.quality],
         "speed": {str(steps): speed for steps, speed in speeds.items()},
     }
 
 
-def trained_s(folder: Path, result: RunResult) -> float:
-    """Seconds that the training took, start-up included; remembered for when it need not be done again."""
-    file = folder / "training_s.json"
-    if "training" in result.seconds:
-        write_file(file, json.dumps(result.seconds["training"]))
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else float("nan")
-
-
 def publish(report: dict[str, Any], config: RunConfig, folder: Path) -> None:
     """Write report, table and pictures, and put them into an MLflow run of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_file(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     table = markdown(report)
     write_file(folder / "report.md", table)
     tracker = Tracker.start(dataclasses.replace(config, name=f"{config.name}-compare"), None)
@@ -310,6 +322,12 @@ def read_variants(path: str) -> dict[str, Contestant]:
             for part in reversed(str(key).split(".")):
                 setting = {part: setting}
             settings = merged(settings, setting)
+        kept = [key for key in KEPT if key in settings]
+        if kept or name in CONTESTANTS:
+            raise UsageError(
+                f"--variants {path}: {name} must have a name of its own and leave {', '.join(KEPT)} as they are in the "
+                f"run compared; got {', '.join(kept) or 'the name of a contestant'}"
+            )
         found[str(name)] = Contestant(str(value.get("label", name)), settings)
     return found
 
@@ -326,6 +344,8 @@ def main(args: Sequence[str]) -> int:
     config = parse_config("compare", ["--config", chosen.config, *overrides])
     if config.baseline is not None:
         raise UsageError("--config must be of a YAN, which the contestants are made to match; leave `baseline` out")
+    if config.init_from:
+        raise UsageError("init_from: every contestant begins with fresh weights; leave it out")
     known = {**CONTESTANTS, **(read_variants(chosen.variants) if chosen.variants else {})}
     names = chosen.contestants or list(known)
     for name in names:

@@ -82,7 +82,7 @@ class StageBatches:
         sources, targets = list(rows["source"]), list(rows["target"])
         if stage == "autoencoder":
             return autoencoder_batch(targets, keys, config.autoencoder_loss, groups)
-        fill = config.model.length == "fill"
+        fill = config.model.length == "fill" or config.baseline is not None
         if stage == "flow":
             return infilling_batch(targets, keys, config.flow_loss, fill, groups)
         longest = config.data.max_target_tokens

@@ -62,15 +62,20 @@ def markdown(report: Report) -> str:
             )
             own = (
                 f"{of['parameters_without_embeddings'] / 1e6:.2f}M + {_embeddings(of) / 1e6:.2f}M "
-                f"| {of['training_flops'] / 1e12:.1f} | {of['training_s']:.0f} s"
+                f"| {of['training_flops'] / 1e12:.1f} | {_number(of['training_s'])} s"
             )
             lines.append(
                 f"| {of['label'] if i == 0 else ''} | {'' if autoregressive else quality['num_steps']} "
                 f"| {_share(quality['value'], quality)} | {100 * quality['oracle_value']:.1f} | {others} "
-                f"| {speed['nfe']:.0f} | {speed['latency_ms_p50']:.1f} | {speed['ms_per_1000_tokens_batch_64']:.0f} "
+                f"| {speed['nfe']:g} | {speed['latency_ms_p50']:.1f} "
+                f"| {_number(speed['ms_per_1000_tokens_batch_64'])} "
                 f"| {own if i == 0 else ' | | '} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _embeddings(of: Mapping[str, Any]) -> int:
@@ -129,9 +134,9 @@ def page(reports: Sequence[Report]) -> str:
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md` from what `yan compare` "
         "measured; no figure is typed by hand. Every contestant of a table was trained on the same rows with the same "
         "tokenizer, for the same number of floating-point operations. Parameters are those of the layers + those of "
-        "embeddings, positions and vocabulary head; passes are those of a request alone, the most there were. YAN and "
-        "masked diffusion find the end of an answer themselves; *told length* is what they would reach if they were "
-        "told.\n",
+        "embeddings, positions and vocabulary head; passes are the median of requests alone. Every model finds the end "
+        "of an answer itself; *told length* is what it would reach if it were told. Intervals are over validation "
+        "rows; each model was trained once, with one seed and the settings of the run compared.\n",
     ]
     for report in reports:
         parts += [markdown(report), headline(report)]

@@ -271,6 +271,17 @@ def record_data(config: RunConfig, prepared: Prepared, tracker: Tracker) -> None
         tracker.dataset(name, hashlib.sha256(sums.encode()).hexdigest()[:12], source, manifest["rows"])
 
 
+TRAINED = "trained.json"
+"""In a run's folder: how long its training took in all, however often it was interrupted."""
+
+
+def _add_seconds(file: Path, of: str, seconds: float) -> None:
+    """Add to the seconds that a training, known by its fingerprint, has taken."""
+    before = read_inputs(file) or {}
+    earlier = before["seconds"] if before.get("fingerprint") == of else 0.0
+    write_file(file, json.dumps({"fingerprint": of, "seconds": earlier + seconds}))
+
+
 def train_steps(
     config: RunConfig, folder: Path, prepared: Prepared, tracker: Tracker | None, seconds: dict[str, float]
 ) -> Path:
@@ -294,15 +305,18 @@ def train_steps(
     if jobs:
         started = time.perf_counter()
         say(f"training: {config.scaling.max_workers} workers start")
-        with progress_lines() as board:
-            train_stages(config, jobs, prepared, folder / "checkpoints", board, tracker)
-        seconds["training"] = time.perf_counter() - started
+        try:
+            with progress_lines() as board:
+                train_stages(config, jobs, prepared, folder / "checkpoints", board, tracker)
+        finally:
+            seconds["training"] = time.perf_counter() - started
+            _add_seconds(folder / TRAINED, jobs[-1].fingerprint, seconds["training"])
         say(f"training: done in {seconds['training']:.0f} s")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return Path(model)
 
 
-def _rows_that_choose(config: RunConfig) -> int:
+def rows_that_choose(config: RunConfig) -> int:
     """Validation rows that the weights are chosen by, which would flatter them: the evaluation leaves them out."""
     return config.evaluation.rows_while_training if config.evaluation.keep == "best" else 0
 
@@ -310,7 +324,7 @@ def _rows_that_choose(config: RunConfig) -> int:
 def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: Tracker) -> list[Quality]:
     """Measure the model at each number of steps and record figures, examples and a picture."""
     how = config.evaluation
-    rows = prepared.validation(how.max_rows, _rows_that_choose(config))
+    rows = prepared.validation(how.max_rows, rows_that_choose(config))
     say(f"evaluate: {len(rows)} validation rows, own length")
 
     def show(q: Quality) -> None:
@@ -359,7 +373,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         started = time.perf_counter()
         prepared = prepare_step(config, folder)
         seconds["prepare"] = time.perf_counter() - started
-        choosing, rows = _rows_that_choose(config), prepared.manifest["rows"]["validation"]
+        choosing, rows = rows_that_choose(config), prepared.manifest["rows"]["validation"]
         if choosing >= rows:
             raise ValueError(
                 f"evaluation.keep=best chooses by the first {choosing} validation rows (rows_while_training) "

@@ -430,5 +430,7 @@ def value_at(row: dict[str, Any], column: str) -> Any:
 
 def fields_of(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """A row with its columns renamed to template fields: `columns` maps field -> column, see `value_at`."""
-    found = {field: value_at(row, column) for field, column in columns.items() if column.split(".")[0] in row}
+    found = {
+        field: value_at(row, column) for field, column in columns.items() if {column, column.split(".")[0]} & row.keys()
+    }
     return {**row, **found}

@@ -48,7 +48,7 @@ class Engine:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         self.generator = yan_core.load(folder, device, dtype, use_graphs=on_gpu)
         self.num_steps, self.max_batch_size, self.max_source_chars = num_steps, max_batch_size, max_source_chars
-        self.max_tokens = self.generator.model.config.max_positions
+        self.max_tokens = self.generator.most_tokens
         self._warm = False
         self._failures = 0
 

@@ -87,9 +87,11 @@ def _transformers() -> Any:
         raise ImportError(f"the autoregressive baselines need transformers; {remedy}") from error
 
 
-def _attention() -> str:
-    """On a CPU plain attention, as YAN trains with there; the fused one would hide its operations from a count."""
-    return "sdpa" if torch.cuda.is_available() else "eager"
+def _attend_plainly(model: Any, plainly: bool) -> None:
+    """Plain attention to train on a CPU, as YAN does, whose operations PyTorch can count; the fused one elsewhere."""
+    wanted = "eager" if plainly else "sdpa"
+    if model.config._attn_implementation != wanted:
+        model.set_attn_implementation(wanted)
 
 
 def allowed(logits: Tensor, place: int, lengths: Tensor | None) -> Tensor:
@@ -129,7 +131,6 @@ class ARDecoder(Baseline):
                 bos_token_id=EOS,
                 eos_token_id=EOS,
                 tie_word_embeddings=False,  # YAN has a head of its own too
-                attn_implementation=_attention(),
             )
         )
 
@@ -142,9 +143,8 @@ class ARDecoder(Baseline):
             target_ids: int64, [batch, length].
         """
         before = target_ids[:, :-1]
-        ids, mask, positions = source_ids, None, None
-        if source_mask is not None:
-            ids, mask = pad_left(source_ids, source_mask)
+        ids, mask, positions = self._prompt(source_ids, source_mask)
+        if mask is not None:
             mask = torch.cat([mask, torch.ones_like(before, dtype=torch.bool)], 1)
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
         ids = torch.cat([ids, before], 1)
@@ -152,8 +152,19 @@ class ARDecoder(Baseline):
             ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=target_ids.shape[1]
         ).logits
 
+    @staticmethod
+    def _prompt(source_ids: Tensor, source_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The source and an end-of-text token, which tells it from the target; its padding before it, and positions."""
+        end = torch.full_like(source_ids[:, :1], EOS)
+        if source_mask is None:
+            return torch.cat([source_ids, end], 1), None, None
+        ids, mask = pad_left(source_ids, source_mask)
+        mask = torch.cat([mask, torch.ones_like(end, dtype=torch.bool)], 1)
+        return torch.cat([ids, end], 1), mask, (mask.long().cumsum(-1) - 1).clamp_min(0)
+
     def losses(self, batch: Batch) -> Tensor:
         """See `Baseline.losses`, [batch, length]."""
+        _attend_plainly(self.gpt2, not batch.source_ids.is_cuda)
         logits = self(batch.source_ids, batch.source_mask, batch.target_ids)
         return F.cross_entropy(logits.transpose(1, 2).float(), batch.target_ids, reduction="none")
 
@@ -183,11 +194,9 @@ class ARDecoder(Baseline):
             lengths: Each text's own number of tokens, where it is told, int64, [batch].
             to_the_end: Whether to go on when all texts have ended; else there may be fewer tokens.
         """
+        _attend_plainly(self.gpt2, False)
         cache = _transformers().DynamicCache(config=self.gpt2.config)
-        ids, mask, positions = source_ids, None, None
-        if source_mask is not None:
-            ids, mask = pad_left(source_ids, source_mask)
-            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        ids, mask, positions = self._prompt(source_ids, source_mask)
         out: list[Tensor] = []
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for place in range(length):
@@ -269,13 +278,14 @@ class EncoderDecoder(Baseline):
                 decoder_start_token_id=EOS,
                 forced_eos_token_id=None,
                 tie_word_embeddings=False,  # YAN has a head and a source encoder of its own too
-                attn_implementation=_attention(),
                 **halves,
             )
         )
+        del self.bart.model.shared  # encoder and decoder have tables of their own
 
     def losses(self, batch: Batch) -> Tensor:
         """See `Baseline.losses`, [batch, length]."""
+        _attend_plainly(self.bart, not batch.source_ids.is_cuda)
         before = F.pad(batch.target_ids[:, :-1], (1, 0), value=EOS)
         logits = self.bart(
             batch.source_ids, attention_mask=batch.source_mask.long(), decoder_input_ids=before, use_cache=False
@@ -287,6 +297,7 @@ class EncoderDecoder(Baseline):
         self, source_ids: Tensor, source_mask: Tensor, length: int, num_steps: int, lengths: Tensor | None = None
     ) -> tuple[Tensor, int]:
         """See `Baseline.answer`, [batch, length]; it stops when all texts of the batch have ended."""
+        _attend_plainly(self.bart, False)
         transformers, config = _transformers(), self.bart.config
         mask = source_mask.long()
         encoded = self.bart.get_encoder()(source_ids, attention_mask=mask, return_dict=True)

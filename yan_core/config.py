@@ -758,9 +758,19 @@ class RunConfig:
             self.scaling.strategy == "ddp" and not self.scaling.recompute,
             "scaling.strategy must be ddp and scaling.recompute false with a baseline",
         )
-        longest = self.data.max_source_tokens + self.data.max_target_tokens
+        _require(
+            self.evaluation.sampling == SamplingConfig(),
+            f"evaluation.sampling is for YAN and must be left out with a baseline, got {self.evaluation.sampling}",
+        )
+        for name in ("flow", "finetune"):
+            trains = getattr(self.stages, name).trains
+            _require(
+                "flow" in trains,
+                f"stages.{name}.trains must name flow with a baseline, which is all of it; got {trains}",
+            )
+        longest = self.data.max_source_tokens + self.data.max_target_tokens + 1  # and what is between them
         if self.stages.flow.max_steps:
-            longest = max(longest, 2 * self.data.window_tokens)
+            longest = max(longest, 2 * self.data.window_tokens + 1)
         _require(
             longest <= baseline.max_positions,
             f"baseline.max_positions={baseline.max_positions} is below source and target together, {longest}",

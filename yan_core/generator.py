@@ -72,6 +72,12 @@ class TextGenerator:
         self.max_target_tokens = int(details["max_target_tokens"])
         self.device = next(model.parameters()).device
 
+    @property
+    def most_tokens(self) -> int:
+        """Longest answer that may be asked for."""
+        positions = self.model.config.max_positions
+        return positions - self.max_source_tokens - 1 if isinstance(self.model, Baseline) else positions
+
     def generate(
         self,
         sources: Sequence[str],
@@ -170,10 +176,9 @@ class TextGenerator:
         unlike = [name for name, value in usual.items() if how[name] != value]
         if unlike:
             raise ValueError(f"{', '.join(unlike)} are for YAN alone: a baseline answers greedily, got {how}")
-        most = self.model.config.max_positions - self.max_source_tokens
-        if not 1 <= places <= most or how["num_steps"] < 1:
+        if not 1 <= places <= self.most_tokens or how["num_steps"] < 1:
             raise ValueError(
-                f"max_tokens must be in [1, {most}] and num_steps >= 1, got {places} and {how['num_steps']}"
+                f"max_tokens must be in [1, {self.most_tokens}] and num_steps >= 1, got {places} and {how['num_steps']}"
             )
 
     def _write(

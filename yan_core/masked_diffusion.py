@@ -102,7 +102,7 @@ class MaskedDiffusion(Baseline):
         target_ids: Tensor,
         source_ids: Tensor,
         source_mask: Tensor | None,
-        count: int,
+        count: int | Tensor,
         never: int | None = None,
     ) -> Tensor:
         """One pass: fill those masked places of each row whose likeliest token is the likeliest.
@@ -111,7 +111,7 @@ class MaskedDiffusion(Baseline):
             target_ids: int64, partly mask_id, [batch, length].
             source_ids: int64, [batch, source_length].
             source_mask: True for real tokens, [batch, source_length]; None: all are.
-            count: Places to fill in each row, or all that are masked where they are fewer.
+            count: Places to fill in each row, or of each row, int64, [batch]; all that are masked where they are fewer.
             never: A token that is not to be written.
 
         Returns:
@@ -124,9 +124,9 @@ class MaskedDiffusion(Baseline):
         best, ids = logits.max(-1)
         masked = target_ids == self.mask_id
         confidence = (best - logits.logsumexp(-1)).masked_fill(~masked, -torch.inf)
-        places = confidence.topk(count, dim=-1).indices
-        filled = torch.where(masked, ids, target_ids)
-        return target_ids.scatter(1, places, filled.gather(1, places))
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        most = count[:, None] if isinstance(count, Tensor) else count
+        return torch.where(masked & (rank < most), ids, target_ids)
 
     @torch.no_grad()
     def generate(
@@ -156,8 +156,9 @@ class MaskedDiffusion(Baseline):
         if lengths is not None:
             ids = ids.masked_fill(torch.arange(length, device=ids.device) >= lengths[:, None], EOS)
         never = None if lengths is None else EOS
+        masked = (ids == self.mask_id).sum(-1)
         for i in range(steps):
-            count = (i + 1) * length // steps - i * length // steps
+            count = (i + 1) * masked // steps - i * masked // steps
             ids = self.unmask(ids, source_ids, source_mask, count, never)
         return ids
 

@@ -1,6 +1,7 @@
 """Comparing models: equal data, size and compute; variants from a file; tables and pictures of a report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,9 @@ def test_a_baseline_has_the_size_and_the_rows_of_the_run_compared(config, name):
     assert own.baseline is not None and own.baseline.family == CONTESTANTS[name].family
     model = build_model(own.baseline, 100, 0)
     assert model.num_parameters(embeddings=False) == pytest.approx(3_000_000, rel=0.1)
-    assert own.name == f"tiny-{name}" and own.seed == config.seed
-    assert (own.data, own.tokenizer, own.stages.finetune) == (config.data, config.tokenizer, config.stages.finetune)
+    assert own.name == f"tiny-{name}" and not own.tracking.model_name and own.seed == config.seed
+    assert (own.data, own.tokenizer) == (config.data, config.tokenizer)
+    assert own.stages.finetune == replace(config.stages.finetune, trains=("flow",))
 
 
 @pytest.mark.ray
@@ -87,6 +89,13 @@ def test_a_file_that_holds_no_variants_is_refused(tmp_path, text):
         read_variants(str(tmp_path / "v.yaml"))
 
 
+@pytest.mark.parametrize("text", ["ar: {}", "k8: {settings: {data.max_source_tokens: 9}}", "k: {settings: {seed: 1}}"])
+def test_a_variant_leaves_alone_what_all_have_in_common(tmp_path, text):
+    (tmp_path / "v.yaml").write_text(text)
+    with pytest.raises(UsageError, match="must have a name of its own and leave data, tokenizer, seed"):
+        read_variants(str(tmp_path / "v.yaml"))
+
+
 def test_a_misspelt_contestant_is_refused_before_anything_starts(capsys):
     assert main(["compare", "--config", "pipelines/configs/world.yaml", "--contestants", "encoder_decodr"]) == 2
     assert "did you mean 'encoder_decoder'?" in capsys.readouterr().err
@@ -107,6 +116,7 @@ def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
     assert {p.name for p in folder.iterdir()} == {
         "report.json", "report.md", "quality_by_latency.png", "quality_by_steps.png"
     }  # fmt: skip
+    assert not (tmp_path / config.runs_dir / "tiny-yan").exists()  # it is the run compared itself
     assert json.loads((folder / "report.json").read_text()) == report
     capsys.readouterr()
     again = compare(config, chosen)
