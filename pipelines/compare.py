@@ -251,6 +251,7 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[st
             name: entry(contestants[name], configs[name], runs[name], speeds[name], prepared) for name in contestants
         },
     }
+    report = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
     publish(report, config, folder / "compare")
     return report
 
@@ -281,7 +282,7 @@ def entry(
 def publish(report: dict[str, Any], config: RunConfig, folder: Path) -> None:
     """Write report, table and pictures, and put them into an MLflow run of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_file(folder / "report.json", json.dumps(report, indent=1) + "\n")
     table = markdown(report)
     write_file(folder / "report.md", table)
     tracker = Tracker.start(dataclasses.replace(config, name=f"{config.name}-compare"), None)

@@ -48,6 +48,7 @@ class Quality:
         intervals: Lower and upper end of the 95 % interval of each of `metrics`.
         counts: Generated tokens, sources cut (and their tokens), answers that are no label.
         speed: Attributes of a `Speed`.
+        rows: `metric` of each row, to compare two models row by row.
     """
 
     num_steps: int
@@ -62,6 +63,7 @@ class Quality:
     intervals: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     speed: dict[str, float | None] = field(default_factory=dict)
+    rows: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def evaluate_model(
             intervals={name: [found.low, found.high] for name, found in intervals.items()},
             counts=_counts(task, rows, own, normalize),
             speed=vars(speed),
+            rows=scores[task.metric].rows,
         )
         results.append(quality)
         if on_done is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from yan_core.bootstrap import paired_difference
 from yan_core.files import write_file
 
 Report = Mapping[str, Any]
@@ -118,12 +119,14 @@ def headline(report: Report) -> str:
     best = max(baselines, key=lambda of: main_quality(of)["value"])
     theirs = main_quality(best)
     points = 100 * (ours["value"] - theirs["value"])
+    apart = paired_difference(ours["rows"], theirs["rows"])
+    interval = f"95 % interval over rows: {100 * apart.low:+.1f} to {100 * apart.high:+.1f}"
     ms_ours, ms_theirs = (
         of["speed"][str(quality["num_steps"])]["latency_ms_p50"] for of, quality in ((of_yan, ours), (best, theirs))
     )
     return (
         f"YAN at {ours['num_steps']} steps is {abs(points):.1f} points {'above' if points >= 0 else 'below'} the best "
-        f"baseline, {best['label']}, and takes {ms_ours / ms_theirs:.2f} times its milliseconds alone.\n"
+        f"baseline, {best['label']} ({interval}), and takes {ms_ours / ms_theirs:.2f} times its milliseconds alone.\n"
     )
 
 

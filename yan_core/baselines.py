@@ -143,7 +143,7 @@ class ARDecoder(Baseline):
             target_ids: int64, [batch, length].
         """
         before = target_ids[:, :-1]
-        ids, mask, positions = self._prompt(source_ids, source_mask)
+        ids, mask, positions = self.prompt(source_ids, source_mask)
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(before, dtype=torch.bool)], 1)
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
@@ -153,8 +153,16 @@ class ARDecoder(Baseline):
         ).logits
 
     @staticmethod
-    def _prompt(source_ids: Tensor, source_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The source and an end-of-text token, which tells it from the target; its padding before it, and positions."""
+    def prompt(source_ids: Tensor, source_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The source and an end-of-text token, which tells it from the target, with the padding before them.
+
+        Args:
+            source_ids: int64, [batch, source_length].
+            source_mask: True for real tokens, which come first, [batch, source_length]; None: all are.
+
+        Returns:
+            Ids, their mask and positions, [batch, source_length + 1]; None where there was no mask.
+        """
         end = torch.full_like(source_ids[:, :1], EOS)
         if source_mask is None:
             return torch.cat([source_ids, end], 1), None, None
@@ -196,7 +204,7 @@ class ARDecoder(Baseline):
         """
         _attend_plainly(self.gpt2, False)
         cache = _transformers().DynamicCache(config=self.gpt2.config)
-        ids, mask, positions = self._prompt(source_ids, source_mask)
+        ids, mask, positions = self.prompt(source_ids, source_mask)
         out: list[Tensor] = []
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for place in range(length):

@@ -7,7 +7,9 @@ import pytest
 
 from serve.engine import FAILURES_ALLOWED, Engine
 from serve.schemas import FieldError, GenerateRequest
+from tests.serve.conftest import save_tiny
 from yan_core.checkpoint import CheckpointError
+from yan_core.config import BaselineConfig
 from yan_core.generator import Generation
 
 WORDS = "Mary John went took the apple kitchen garden to . Where is ?".split()
@@ -131,3 +133,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_the_engine_knows_nothing_of_http_ray_or_pipelines():
     code = "import sys, serve.engine; print([m for m in ('ray', 'fastapi', 'mlflow', 'pipelines') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_baseline_is_served_within_its_own_limits(tmp_path):
+    """Its positions hold source and answer together; asking for more is refused and does no harm to others."""
+    shape = BaselineConfig(family="masked_diffusion", d_model=16, num_blocks=1, max_positions=48)
+    engine = Engine(save_tiny(tmp_path / "model", max_source_tokens=32, architecture=shape), max_batch_size=2)
+    engine.warm_up()
+    for _ in range(FAILURES_ALLOWED + 1):
+        with pytest.raises(FieldError, match=r"max_tokens must be a whole number in \[1, 15\], got 16"):
+            engine.check(GenerateRequest(source="Where?", max_tokens=16))
+        assert isinstance(engine.generate([GenerateRequest(source="Where?", max_tokens=15)])[0], Generation)
+    assert engine.ready
