@@ -221,6 +221,7 @@ def _yan(name: str, cell: Cell, source_ids: Tensor) -> Callable[[], Tensor]:
 
 def _ar_compiled(decoder: ARDecoder, source_ids: Tensor, length: int) -> Callable[[], Tensor]:
     """Static cache; the reading of the source and the step compiled, and each a CUDA graph."""
+    source_ids, _, _ = decoder.prompt(source_ids, None)
     batch, source_length = source_ids.shape
     cache = decoder.static_cache(batch, source_length + max(length, 8))  # capturing takes a few steps
     advance = torch.compile(decoder.advance, dynamic=False)
