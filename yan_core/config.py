@@ -237,7 +237,7 @@ class BaselineConfig:
     def of_size(num_parameters: int, family: Family = "ar", **settings: Any) -> BaselineConfig:
         """The shape within 5 % of so many parameters whose width is nearest to 64 times its depth, as in GPT-2 small.
 
-        Heads are 64 wide, or the width is a multiple of 8 and there is one head where the model is tiny.
+        Heads are 64 wide; where the model is tiny the width is a multiple of 8 and heads are at least 64 wide or one.
 
         Args:
             num_parameters: See `num_parameters`.
@@ -249,9 +249,8 @@ class BaselineConfig:
         def nearest(blocks: int) -> BaselineConfig:
             one = BaselineConfig(family=family, d_model=8, num_blocks=blocks, num_heads=1).num_parameters / 64
             width = max(step, step * round(math.sqrt(num_parameters / one) / step))
-            return BaselineConfig(
-                family=family, d_model=width, num_blocks=blocks, num_heads=max(1, width // 64), **settings
-            )
+            heads = max(n for n in range(1, max(1, width // 64) + 1) if width % (2 * n) == 0)
+            return BaselineConfig(family=family, d_model=width, num_blocks=blocks, num_heads=heads, **settings)
 
         shapes = [nearest(blocks) for blocks in range(1, 65)]
         error = {shape: abs(shape.num_parameters / num_parameters - 1) for shape in shapes}

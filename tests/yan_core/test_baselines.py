@@ -49,6 +49,14 @@ def test_a_shape_matches_its_size_in_gpt_2s_proportions(size: float) -> None:
     assert shape.d_model == 64 * shape.num_heads
 
 
+@pytest.mark.parametrize("family", ["ar", "encoder_decoder", "masked_diffusion"])
+def test_there_is_a_shape_of_every_size(family) -> None:
+    for size in range(20_000, 1_500_000, 7_001):
+        shape = BaselineConfig.of_size(size, family)
+        assert abs(shape.num_parameters / size - 1) < 0.25
+        assert shape.d_model // shape.num_heads >= min(64, shape.d_model)
+
+
 def test_shapes_count_the_weights_of_the_blocks() -> None:
     matrices = {id(p): p.numel() for p in mdm().blocks.parameters() if p.ndim == 2}
     assert sum(matrices.values()) == SHAPE.num_parameters
