@@ -104,9 +104,12 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
     changes = merged(contestant.settings, {"name": f"{config.name}-{name}", "tracking": {"model_name": ""}})
     if contestant.family:
         longest = config.data.max_source_tokens + config.data.max_target_tokens + 1
+        depth = config.model.source_encoder.num_blocks + config.model.flow_blocks
         shape = BaselineConfig.of_size(
             size,
             contestant.family,  # type: ignore[arg-type]  # checked by `from_dict` below
+            # As deep as YAN's way from the source to an answer: one block alone cannot follow a story.
+            least_blocks=depth // 2 if contestant.family == "encoder_decoder" else depth,
             dropout=config.model.dropout,
             max_positions=max(longest, 2 * config.data.window_tokens + 1),
         )

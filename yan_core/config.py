@@ -234,7 +234,7 @@ class BaselineConfig:
         return a_block * self.num_blocks * self.d_model**2
 
     @staticmethod
-    def of_size(num_parameters: int, family: Family = "ar", **settings: Any) -> BaselineConfig:
+    def of_size(num_parameters: int, family: Family = "ar", least_blocks: int = 1, **settings: Any) -> BaselineConfig:
         """The shape within 5 % of so many parameters whose width is nearest to 64 times its depth, as in GPT-2 small.
 
         Heads are 64 wide; where the model is tiny the width is a multiple of 8 and heads are at least 64 wide or one.
@@ -242,6 +242,7 @@ class BaselineConfig:
         Args:
             num_parameters: See `num_parameters`.
             family: Which baseline.
+            least_blocks: Depth that even a tiny model has.
             settings: Other fields.
         """
         step = 64 if num_parameters >= 1e6 else 8
@@ -252,7 +253,7 @@ class BaselineConfig:
             heads = max(n for n in range(1, max(1, width // 64) + 1) if width % (2 * n) == 0)
             return BaselineConfig(family=family, d_model=width, num_blocks=blocks, num_heads=heads, **settings)
 
-        shapes = [nearest(blocks) for blocks in range(1, 65)]
+        shapes = [nearest(blocks) for blocks in range(least_blocks, 65)]
         error = {shape: abs(shape.num_parameters / num_parameters - 1) for shape in shapes}
         close = [shape for shape in shapes if error[shape] <= max(0.05, min(error.values()))]
         return min(close, key=lambda shape: abs(math.log(shape.d_model / (64 * shape.num_blocks))))

@@ -40,6 +40,8 @@ def test_a_baseline_has_the_size_and_the_rows_of_the_run_compared(config, name):
     assert own.baseline is not None and own.baseline.family == CONTESTANTS[name].family
     model = build_model(own.baseline, 100, 0)
     assert model.num_parameters(embeddings=False) == pytest.approx(3_000_000, rel=0.1)
+    small = entered(name, CONTESTANTS[name], config, 100_000).baseline
+    assert small is not None and small.num_blocks >= (2 if name == "encoder_decoder" else 4)
     assert own.name == f"tiny-{name}" and not own.tracking.model_name and own.seed == config.seed
     assert (own.data, own.tokenizer) == (config.data, config.tokenizer)
     assert own.stages.finetune == replace(config.stages.finetune, trains=("flow",))
