@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,16 +111,16 @@ def _check_text(row: Mapping[str, Any], name: str, or_else: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class TextTask(Task):
+class TextTask(Task, ABC):
     """A task whose source and target are parts of one text, the field `text`."""
 
+    @abstractmethod
     def split(self, text: str, row: Mapping[str, Any]) -> tuple[str, str]:
         """The parts of a text that is not blank.
 
         Raises:
             ValueError: If it is too short to be cut in two.
         """
-        raise NotImplementedError
 
     @property
     def fields(self) -> tuple[str, ...]:
