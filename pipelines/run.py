@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pipelines import world
+from pipelines.card import evidence
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
@@ -30,7 +31,8 @@ from pipelines.sources import files_of, find_dataset, locate
 from pipelines.state import STAGES, StageJob
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import train_stages
-from yan_core.checkpoint import CheckpointError, read_config
+from yan_core.card import model_card
+from yan_core.checkpoint import CheckpointError, from_pretrained, read_config
 from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
 from yan_core.tasks import get_task
@@ -437,6 +439,10 @@ def _publish(
         quality = evaluate_step(config, prepared, last, tracker)
         with atomic_folder(model) as scratch:
             shutil.copytree(last, scratch, dirs_exist_ok=True)
+            weights, tokenizer, _ = from_pretrained(scratch)
+            known = evidence(config, prepared.manifest, quality)
+            card = model_card(config.name, read_config(scratch), tokenizer, weights.num_parameters(), known)
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         name = config.tracking.model_name or f"yan-{config.name}"
         version = tracker.register(model, name, config.tracking.alias)
         registered = f"models:/{name}@{config.tracking.alias}"

@@ -1,7 +1,8 @@
 """A model on disk: weights, config, tokenizer, format version and commit, saved and loaded together.
 
 A folder holds `model.safetensors`, `config.json` and `tokenizer.json`. `config.json` carries the SHA-256 of the other
-two; it is checked on loading. A folder appears under its name only when it is complete.
+two; it is checked on loading. `README.md` (the model card) and `tokenizer_config.json` are for people and for other
+libraries, and never read here. A folder appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from yan_core.card import model_card
 from yan_core.config import BaselineConfig, ModelConfig, from_dict, to_dict
 from yan_core.files import atomic_folder, code_commit, sha256_file
 from yan_core.model import YanModel, build_model
@@ -69,6 +71,10 @@ def save_pretrained(
             "sha256": {name: sha256_file(scratch / name) for name in ("model.safetensors", "tokenizer.json")},
         }
         (scratch / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        (scratch / "tokenizer_config.json").write_text(tokenizer.transformers_json(), encoding="utf-8")
+        num_parameters = sum(tensor.numel() for tensor in tensors.values())
+        card = model_card(details.get("run", Path(folder).name), config, tokenizer, num_parameters)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

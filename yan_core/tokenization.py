@@ -6,6 +6,7 @@ Both kinds keep spaces inside the tokens, so that decoding an encoding gives the
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -101,6 +102,15 @@ class Tokenizer:
     def to_json(self) -> str:
         """The text of a `tokenizer.json`, readable by the `tokenizers` and `transformers` libraries."""
         return self.backend.to_str(pretty=True)
+
+    def transformers_json(self) -> str:
+        """The text of the `tokenizer_config.json` that `transformers.AutoTokenizer` wants beside `tokenizer.json`.
+
+        It encodes as `encode_batch` does, but reads `<pad>` and `<eos>` from text too.
+        """
+        names = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK, "mask_token": MASK}
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        return json.dumps({**kind, **names}, indent=2)
 
     @property
     def vocab_size(self) -> int:

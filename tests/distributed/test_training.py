@@ -125,7 +125,11 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, buc
     loaded = mlflow.pyfunc.load_model("models:/yan-tiny@champion")
     folder = Path(tiny_config.runs_dir) / "tiny" / "model"
     assert loaded.predict(source) == [yan_core.load(folder).generate(source)[0].text]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "400 training pairs of `small`" in card and "On 20 validation rows of `small`" in card
+    assert f"| 3 | 3 | {100 * run.data.metrics['eval/exact_match']:.1f} [" in card
     artifacts = Path(mlflow.artifacts.download_artifacts("models:/yan-tiny@champion"))
+    assert card in [f.read_text(encoding="utf-8") for f in artifacts.rglob("README.md")]
     assert not [f for f in artifacts.rglob("*") if f.suffix in (".pkl", ".pickle", ".pt", ".bin")]
 
     # Run again: nothing is redone. Change one setting: only what follows from it is.

@@ -29,6 +29,8 @@ from yan_core.tokenization import Tokenizer
 TOKENIZER = Tokenizer.train(["Mary went to the kitchen. Where is the apple?"], TokenizerConfig(kind="word"))
 DETAILS = {"task": "question_answering", "max_source_tokens": 12, "max_target_tokens": 4, "commit": "abc"}
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+BESIDE = ("README.md", "tokenizer_config.json")
+"""For people and other libraries: never read here."""
 
 
 def fresh_model(seed: int = 0, **changes: Any) -> YanModel:
@@ -103,11 +105,20 @@ def test_load_gives_a_generator_that_answers_as_the_model_saved(folder: Path) ->
     assert [g.tokens for g in load(folder).generate(sources, seeds=seeds)] == [g.tokens for g in saved]
 
 
-def test_the_folder_holds_three_files_and_their_record(folder: Path) -> None:
-    assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
+def test_the_folder_holds_its_files_and_their_record(folder: Path) -> None:
+    assert sorted(file.name for file in folder.iterdir()) == sorted((*FILES, *BESIDE))
     config = read_config(folder)
     assert config["format_version"] == FORMAT_VERSION and config["commit"] and config["yan_version"]
     assert config["sha256"] == {name: sha256_file(folder / name) for name in FILES[1:]}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_never_read_may_be_damaged_or_gone(folder: Path, name: str) -> None:
+    answer = load(folder).generate(["Where is the apple?"])[0].tokens
+    (folder / name).write_bytes(b"\xff---")
+    assert load(folder).generate(["Where is the apple?"])[0].tokens == answer
+    (folder / name).unlink()
+    assert load(folder).generate(["Where is the apple?"])[0].tokens == answer
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -184,7 +195,7 @@ def test_saving_replaces_the_folder(folder: Path) -> None:
     model, _, details = from_pretrained(folder)
     assert details["commit"] == "new"
     assert torch.equal(model.decoder.head.weight, fresh_model(1).decoder.head.weight)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*FILES, *BESIDE))
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 

@@ -1,5 +1,7 @@
 """Tokenization: texts come back, special tokens stay ours, and what is cut is counted."""
 
+from pathlib import Path
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -131,6 +133,27 @@ def test_json_round_trip(tokenizer: Tokenizer) -> None:
     assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
     assert again.vocab_size == tokenizer.vocab_size
     assert again.to_json() == tokenizer.to_json()
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_transformers_reads_it_to_the_same_ids_and_texts(tmp_path: Path, kind: str, lowercase: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `baselines`")
+    ours = train(kind, lowercase=lowercase)
+    (tmp_path / "tokenizer.json").write_text(ours.to_json(), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(ours.transformers_json(), encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    masked = ["the <mask> apple", "the<mask>apple", "Mary WENT to the <mask>, twice", "<mask>"]
+    texts = [*TEXTS, *masked, "", "  the  apple ", "never met: ẞ zebra", "The KITCHEN , the apple ."]
+    assert theirs(texts)["input_ids"] == [ids_of(ours, text) for text in texts]
+    for text in texts:
+        ids = ids_of(ours, text)
+        assert theirs.decode(ids, skip_special_tokens=True).strip() == ours.decode(ids)
+    special = (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.mask_token_id)
+    assert special == (0, 1, 2, 3) and len(theirs) == ours.vocab_size
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", local_files_only=True)
+    assert again(texts)["input_ids"] == theirs(texts)["input_ids"]
 
 
 def test_training_is_deterministic_and_bounded(tokenizer: Tokenizer) -> None:
