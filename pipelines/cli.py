@@ -252,6 +252,12 @@ def _compare(args: list[str]) -> int:
     return compare(args)
 
 
+def _lm_eval(args: list[str]) -> int:
+    from pipelines.harness import main as harness
+
+    return harness(args)
+
+
 def _plan(args: list[str]) -> int:
     from pipelines.plan import main as plan
 
@@ -264,6 +270,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
     "compare": ("train YAN and its baselines on the same data for the same compute; one table of all", _compare),
+    "lm-eval": ("lm-evaluation-harness with a saved model: `--model yan --model_args pretrained=FOLDER`", _lm_eval),
     "serve": ("serve a model over HTTP", _serve),
     "tune": ("search settings with Ray Tune; each trial is a run in MLflow", _tune),
     "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),
@@ -308,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nyan: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except ImportError as error:
-        extra = "serve" if args[0] == "serve" else "pipelines"
+        extra = {"serve": "serve", "lm-eval": "harness"}.get(args[0], "pipelines")
         if os.environ.get("YAN_TRACEBACK") or (error.name or "").split(".")[0] in ("yan_core", "pipelines", "serve"):
             raise
         remedy = f"in the folder of YAN's pyproject.toml: pip install -e '.[{extra}]'"

@@ -92,6 +92,7 @@ def generate_rows(
     config: EvaluationConfig,
     seeds: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    max_tokens: int | None = None,
 ) -> list[yan_core.Generation]:
     """Answer every row, those of like length in a batch; the seeds keep each answer the same in any order.
 
@@ -102,6 +103,7 @@ def generate_rows(
         config: Batch size, and how answers are sampled.
         seeds: Of each row; None: its place in `rows`.
         lengths: Each answer's number of tokens, where the model is to be told; None: it finds its own.
+        max_tokens: Longest answer; None: what the model was trained for.
     """
     seeds = range(len(rows)) if seeds is None else seeds
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
@@ -111,6 +113,7 @@ def generate_rows(
         done = generator.generate(
             [rows[i]["source"] for i in places],
             num_steps,
+            max_tokens,
             seeds=[seeds[i] for i in places],
             lengths=[lengths[i] for i in places] if lengths is not None else None,
             **vars(config.sampling),

@@ -171,8 +171,15 @@ class InfillingTask(TextTask):
         count = min(1 + int.from_bytes(digest[:4], "little") % self.max_words, len(words) - 1)
         start = int.from_bytes(digest[4:], "little") % (len(words) - count + 1)
         end = start + count
-        before, after = words[max(0, start - self.context_words) : start], words[end : end + self.context_words]
-        return " ".join([*before, MASK, *after]), " ".join(words[start:end])
+        return self._join(words[:start], words[end:]), " ".join(words[start:end])
+
+    def around(self, text: str) -> str:
+        """A text with its mask as `split` makes it: of a long one, the words around the mask."""
+        before, _, after = text.partition(MASK)
+        return self._join(before.split(), after.split())
+
+    def _join(self, before: list[str], after: list[str]) -> str:
+        return " ".join([*before[max(0, len(before) - self.context_words) :], MASK, *after[: self.context_words]])
 
     def whole(self, source: str, answer: str) -> str:
         """The source with the answer in the place of its mask."""
