@@ -1,5 +1,6 @@
 """A cluster of two nodes that loses workers, nodes and drivers while it trains: `pytest -m soak tests/distributed`."""
 
+import dataclasses
 import os
 import random
 import re
@@ -13,7 +14,9 @@ import mlflow
 import psutil
 import pytest
 import yaml
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from yan_core.config import RunConfig, from_dict, to_dict
 
@@ -78,6 +81,45 @@ def losses_of(config: RunConfig) -> dict[tuple[str, int], list[float]]:
         for metric in client.get_metric_history(run.info.run_id, METRIC.format(stage)):
             found.setdefault((stage, metric.step), []).append(metric.value)
     return found
+
+
+def drain(address: str, node_id: str, seconds: float) -> None:
+    """Announce that a node will be taken away, as a spot market does."""
+    deadline_ms = int((time.time() + seconds) * 1000)
+    accepted, reason = GcsClient(address=address).drain_node(
+        node_id, autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot market", deadline_ms
+    )
+    assert accepted, reason
+
+
+def test_a_checkpoint_is_saved_before_a_node_is_taken_away(tiny_settings, tmp_path):
+    """The only checkpoint in a stage is the one that the announcement brings about."""
+    config = settings(tiny_settings, tmp_path, "spot", 2)
+    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, checkpoint_every_s=3600.0))
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 1})
+    try:
+        spot = cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        process, log = start(config, cluster.address)
+        deadline = time.monotonic() + 240
+        while not re.search(r"\n  finetune +[3-9]\d/", log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        drain(cluster.address, spot.node_id, seconds=8)
+        time.sleep(8)
+        cluster.remove_node(spot, allow_graceful=False)
+        cluster.add_node(**NODE)
+        assert process.wait(600) == 0, log.read_text()
+    finally:
+        process.kill()
+        cluster.shutdown()
+    said = log.read_text()
+    assert "a node is about to be taken away: a checkpoint is saved" in said, said
+    resumed = [int(step) for step in re.findall(r"goes on from its checkpoint at step (\d+)", said)]
+    assert resumed and resumed[0] >= 30, said
+    found = losses_of(config)
+    assert sorted(found) == sorted((s, i) for s, n in STEPS.items() for i in range(1, n + 1))
+    assert all(max(values) - min(values) < 1e-6 for values in found.values())
 
 
 def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_settings, tmp_path):
