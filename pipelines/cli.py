@@ -102,7 +102,8 @@ def _with_nearest(message: str) -> str:
 def _prepare(args: list[str]) -> int:
     config = parse_config("prepare", args)
     from pipelines.cluster import ray_session
-    from pipelines.run import prepare_step, run_lock
+    from pipelines.folders import run_lock
+    from pipelines.run import prepare_step
 
     folder = Path(config.runs_dir) / config.name
     with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
