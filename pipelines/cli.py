@@ -102,7 +102,8 @@ def _with_nearest(message: str) -> str:
 def _prepare(args: list[str]) -> int:
     config = parse_config("prepare", args)
     from pipelines.cluster import ray_session
-    from pipelines.run import prepare_step, run_lock
+    from pipelines.folders import run_lock
+    from pipelines.run import prepare_step
 
     folder = Path(config.runs_dir) / config.name
     with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
@@ -137,6 +138,20 @@ def _at_least_one(chosen: argparse.Namespace, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
 
 
+def _add_sampling(parser: argparse.ArgumentParser, default: str) -> None:
+    """Options of how answers are drawn."""
+    parser.add_argument("--method", choices=get_args(Method), default=None, help=f"ODE solver; default: {default}")
+    parser.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance, 1 is none")
+    parser.add_argument("--num-candidates", type=int, default=None, help="answers drawn for each row; the best is used")
+    parser.add_argument("--ranking", choices=get_args(Ranking), default=None, help="what makes a candidate the best")
+
+
+def _sampling(chosen: argparse.Namespace, default: SamplingConfig) -> SamplingConfig:
+    """The options of `_add_sampling`, and the default of those that are not given."""
+    named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
+    return dataclasses.replace(default, **{name: value for name, value in named.items() if value is not None})
+
+
 def _evaluate(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan evaluate", description="Quality of a saved model on a file of rows.")
     parser.add_argument("--model", required=True, help="model folder, such as runs/world/model")
@@ -144,12 +159,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--data", required=True, help="file with the data set's columns")
     parser.add_argument("--num-steps", type=int, default=3, help="solver steps; one forward pass each with Euler")
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
-    parser.add_argument("--method", choices=get_args(Method), default=None, help="ODE solver; default: the config's")
-    parser.add_argument("--guidance-scale", type=float, default=None, help="classifier-free guidance, 1 is none")
-    parser.add_argument(
-        "--num-candidates", type=int, default=None, help="answers drawn for each row, the best is scored"
-    )
-    parser.add_argument("--ranking", choices=get_args(Ranking), default=None, help="what makes a candidate the best")
+    _add_sampling(parser, "the config's")
     parser.add_argument("--bertscore-model", default="", help="folder of an encoder: BERTScore too")
     parser.add_argument("--perplexity-model", default="", help="folder of a causal language model: perplexity too")
     parser.add_argument("--diversity", type=int, default=0, metavar="K", help="K answers a row: how they differ")
@@ -168,9 +178,7 @@ def _evaluate(args: list[str]) -> int:
     read_config(chosen.model)
     counts: Counter[str] = Counter()
     rows = read_text_rows(config, chosen.data, counts)[: chosen.max_rows]
-    named = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(SamplingConfig)}
-    given = {name: value for name, value in named.items() if value is not None}
-    sampling = dataclasses.replace(config.evaluation.sampling, **given)
+    sampling = _sampling(chosen, config.evaluation.sampling)
     how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling)
     extras = Extras(chosen.bertscore_model, chosen.perplexity_model, chosen.diversity)
     (quality,) = evaluate_model(Path(chosen.model), rows, how, extras=extras)
@@ -180,6 +188,69 @@ def _evaluate(args: list[str]) -> int:
         from yan_core.files import write_file
 
         write_file(Path(chosen.json), json.dumps(result, indent=2))
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    from pipelines.answer import Settings
+
+    about = "Answer every row of files into Parquet shards, in order; an interrupted call goes on where it stopped."
+    parser = argparse.ArgumentParser(prog="yan generate", description=about)
+    parser.add_argument("--model", required=True, help="model folder or models:/name@alias")
+    parser.add_argument("--input", required=True, nargs="+", help="files, folders or globs: Parquet, JSONL, CSV, text")
+    parser.add_argument("--output", required=True, help="folder of the answers, seen by every node")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="fields of the model's task (docs/TASKS.md) whose columns have other names, as `columns` of a data set",
+    )
+    parser.add_argument("--num-steps", type=int, default=Settings.num_steps, help="solver steps")
+    _add_sampling(parser, "euler")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="of all rows; each draws from its own place")
+    parser.add_argument("--rows-per-shard", type=int, default=Settings.rows_per_shard, help="rows of an output file")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows that a worker answers at once")
+    parser.add_argument("--num-workers", type=int, default=None, help="default: one for each core, or GPU")
+    parser.add_argument("--use-gpu", action="store_true", help="one GPU a worker, in bfloat16")
+    parser.add_argument("--fresh", action="store_true", help="drop the answers that are in the output folder")
+    parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
+    chosen = parser.parse_args(args)
+    _at_least_one(chosen, "num_steps", "rows_per_shard", "batch_size", "num_workers", "num_candidates")
+    if "://" in chosen.output:
+        raise UsageError(f"--output must be a folder that every node sees, got the URL {chosen.output}")
+    pairs = [pair.partition("=") for pair in chosen.columns]
+    if not all(field and column for field, _, column in pairs):
+        raise UsageError(f"--columns must be FIELD=COLUMN ..., got {' '.join(chosen.columns)}")
+    settings = Settings(
+        num_steps=chosen.num_steps,
+        sampling=_sampling(chosen, SamplingConfig()),
+        seed=chosen.seed,
+        columns={field: column for field, _, column in pairs},
+        rows_per_shard=chosen.rows_per_shard,
+        use_gpu=chosen.use_gpu,
+    )
+    import importlib
+
+    # Named as a string: pipelines never imports serve but here.
+    registry = importlib.import_module("serve.registry")
+    model = registry.resolve(chosen.model, chosen.tracking_uri or _default_registry()).folder
+    from pipelines.generate import generate
+
+    manifest = generate(
+        model,
+        chosen.input,
+        Path(chosen.output),
+        settings,
+        batch_size=chosen.batch_size,
+        num_workers=chosen.num_workers,
+        fresh=chosen.fresh,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"{manifest['rows']} rows in {chosen.output}, {manifest['failed']} failed", flush=True)
+    if manifest["first_failed"]:
+        first = manifest["first_failed"]
+        print(f"the first that failed, row {first['row_number'] + 1} of {first['file']}: {first['error']}", flush=True)
     return 0
 
 
@@ -269,6 +340,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "prepare": ("read, tokenise and write the data of a run", _prepare),
     "train": ("prepare and train; `run` evaluates and registers too", _train),
     "evaluate": ("score a saved model on a file", _evaluate),
+    "generate": ("answer every row of files, in order", _generate),
     "compare": ("train YAN and its baselines on the same data for the same compute; one table of all", _compare),
     "lm-eval": ("lm-evaluation-harness with a saved model: `--model yan --model_args pretrained=FOLDER`", _lm_eval),
     "serve": ("serve a model over HTTP", _serve),

@@ -26,10 +26,11 @@ from pipelines.benchmarks.machine import describe
 from pipelines.cli import UsageError, parse_config
 from pipelines.cluster import ray_session
 from pipelines.compute import step_flops, training_flops
+from pipelines.folders import read_inputs, run_lock
 from pipelines.plain import device_of
 from pipelines.prepare import Prepared
 from pipelines.results import markdown, pictures
-from pipelines.run import TRAINED, RunResult, prepare_step, read_inputs, rows_that_choose, run, run_lock, say
+from pipelines.run import TRAINED, RunResult, prepare_step, rows_that_choose, run, say
 from pipelines.speed import measure_speed
 from pipelines.state import STAGES
 from pipelines.tracking import Tracker, check_tracking

@@ -33,11 +33,13 @@ from pipelines.dedup import Sign, mark_duplicates, pairs_of
 from pipelines.encode import SCHEMAS, Encode, Record, clean, document_keys, text_row
 from pipelines.order import Shard
 from pipelines.sources import (
+    ENDINGS,
     DataError,
     Source,
     UnreadableFile,
     fields_of,
     find_dataset,
+    format_of,
     open_files,
     open_source,
     reason_of,
@@ -421,9 +423,8 @@ def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = N
     dataset = find_dataset(data, data.dataset)
     if not Path(path).is_file():
         raise DataError(f"--data: no file at {path}")
-    endings: dict[str, Any] = {".parquet": "parquet", ".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv"}
-    of_files = dataset.format in endings.values()
-    kind = endings.get(Path(path).suffix, dataset.format if of_files else "parquet")
+    of_files = dataset.format in ENDINGS.values()
+    kind = format_of(path) or (dataset.format if of_files else "parquet")
     source = open_files(data.dataset, dataclasses.replace(dataset, format=kind), [path])
     source.check_filter()
     _check_fields(source, task)

@@ -13,8 +13,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from pipelines import world
 from pipelines.card import evidence
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, evaluate_model
+from pipelines.folders import difference, flat, read_inputs, run_lock
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
 from pipelines.sources import files_of, find_dataset, locate
@@ -34,7 +33,7 @@ from pipelines.train import train_stages
 from yan_core.card import model_card
 from yan_core.checkpoint import CheckpointError, from_pretrained, read_config
 from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict, to_dict
-from yan_core.files import atomic_folder, clear_leftovers, code_commit, write_file
+from yan_core.files import atomic_folder, code_commit, write_file
 from yan_core.tasks import get_task
 
 
@@ -140,33 +139,6 @@ def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _flat(values: Any, where: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {where: values}
-    return {
-        k: v for name, value in values.items() for k, v in _flat(value, f"{where}.{name}" if where else name).items()
-    }
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first setting in which two inputs differ."""
-    before, after = _flat(old), _flat(new)
-    for key in [*after, *before]:
-        if before.get(key) != after.get(key):
-            return (
-                "the step before it was redone" if key == "before" else f"{key}: {before.get(key)} -> {after.get(key)}"
-            )
-    return "nothing"
-
-
-def read_inputs(path: Path) -> dict[str, Any] | None:
-    """Inputs recorded beside a result, or None."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
 def up_to_date(name: str, recorded: Path, inputs: dict[str, Any], whole: bool) -> bool:
     """Decide whether a step's result can stay, and say why."""
     old = read_inputs(recorded)
@@ -196,45 +168,6 @@ def _model_is_whole(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# --- one run at a time in a folder ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def run_lock(folder: Path, fresh: bool = False) -> Iterator[None]:
-    """Let one process at a time work in a run's folder; what a killed one left half-written there is cleared up.
-
-    Args:
-        folder: The run's.
-        fresh: Whether to empty it.
-
-    Raises:
-        ValueError: If another one does; names its process.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            handle.seek(0)
-            raise ValueError(
-                f"process {handle.read().strip() or '?'} is working in {folder}: wait for it, or choose another --name"
-            ) from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        if fresh:
-            for old in folder.iterdir():
-                if old.is_dir():
-                    shutil.rmtree(old)
-                elif old.name != ".lock":
-                    old.unlink()
-        for place in (folder, folder / "stages"):
-            clear_leftovers(place)
-        yield
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------
@@ -390,7 +323,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         resolved = json.dumps(to_dict(config), indent=2)
         write_file(folder / "config.json", resolved)
         tracker.text(resolved, "config.json")
-        tracker.params(_flat(to_dict(config)))
+        tracker.params(flat(to_dict(config)))
         tracker.tag("commit", code_commit())
         record_data(config, prepared, tracker)
         monitor = tracker.system_metrics()

@@ -15,7 +15,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -164,18 +165,26 @@ def files_of(data: DataConfig, dataset: DatasetConfig, where: str) -> list[str]:
     if not where:
         raise DataError("a data set of files needs both `train` and `validation` paths; one of them is empty")
     path = locate(data, where)
-    if "://" in path:
-        found = _remote_files(path)
-    elif os.path.isdir(path):
-        found = sorted(f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if os.path.isfile(f))
-    else:
-        found = sorted(glob.glob(path))
+    found = list_files(path)
     if not found:
         raise DataError(
             f"no file at {os.path.abspath(path) if '://' not in path else path} (data.root={data.root!r}, {where!r}). "
             "Set --data.root to the folder that holds the data, or correct the data set's path."
         )
     return found
+
+
+def list_files(path: str) -> list[str]:
+    """Files that a path, folder, glob or URL of a file or folder names, in order; none, where there is none.
+
+    Raises:
+        DataError: If a URL cannot be opened.
+    """
+    if "://" in path:
+        return _remote_files(path)
+    if os.path.isdir(path):
+        return sorted(f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if os.path.isfile(f))
+    return sorted(glob.glob(path))
 
 
 def _remote_files(url: str) -> list[str]:
@@ -229,7 +238,7 @@ def open_files(name: str, dataset: DatasetConfig, files: list[str]) -> Source:
         read: Callable[[Piece], Iterator[Rows]] = _read_parquet
     else:
         pieces = [Piece(file) for file in files]
-        read = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}[dataset.format]
+        read = READERS[dataset.format]
     columns: list[str] = []
     for piece in pieces:
         try:
@@ -347,6 +356,25 @@ def _read_csv(piece: Piece) -> Iterator[Rows]:
 
 def _read_text(piece: Piece) -> Iterator[Rows]:
     return _chunks((number, {"text": line}) for number, line in _lines(piece.where))
+
+
+READERS: dict[str, Callable[[Piece], Iterator[Rows]]] = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}
+"""Format of files of lines -> what reads a file of it."""
+
+ENDINGS: dict[str, Literal["parquet", "jsonl", "csv", "text"]] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".txt": "text",
+}
+"""Ending of a file's name -> its format."""
+
+
+def format_of(path: str) -> Literal["parquet", "jsonl", "csv", "text"] | None:
+    """The format that a file's ending tells, beneath that of a compression; None where it tells none."""
+    endings = [ending for ending in Path(path).suffixes if ending not in (".gz", ".bz2", ".zst")]
+    return ENDINGS.get(endings[-1]) if endings else None
 
 
 def _open_world(name: str, dataset: DatasetConfig, split: str, seed: int) -> Source:

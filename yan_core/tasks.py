@@ -62,9 +62,17 @@ class Task:
         Raises:
             ValueError: If a field is missing, null, not text or blank; the message names it.
         """
+        return self.prompt(row), self.answers(row)[0]
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """Source of a row whose answer is not known.
+
+        Raises:
+            ValueError: If a field of the source is missing, null, not text or blank; the message names it.
+        """
         for name in self.source_fields:
             _check_text(row, name)
-        return self.source.format_map(row), self.answers(row)[0]
+        return self.source.format_map(row)
 
     def answers(self, row: Mapping[str, Any]) -> list[str]:
         """Every right answer of a row, any of which counts; the first is the target that is trained on.
@@ -136,6 +144,14 @@ class TextTask(Task, ABC):
         _check_text(row, self.target)
         return self.split(row[self.target], row)
 
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The text as it stands: nothing is cut out of it, as the answer is not in it.
+
+        Raises:
+            ValueError: If the text is missing, null, not text or blank.
+        """
+        return " ".join(super().prompt(row).split())
+
     def answers(self, row: Mapping[str, Any]) -> list[str]:
         """The one right answer: what was cut out."""
         return [self.pair(row)[1]]
@@ -180,6 +196,18 @@ class InfillingTask(TextTask):
 
     def _join(self, before: list[str], after: list[str]) -> str:
         return " ".join([*before[max(0, len(before) - self.context_words) :], MASK, *after[: self.context_words]])
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """A text that has its mask already, with as many words around it as in training.
+
+        Raises:
+            ValueError: As `TextTask.prompt`, and on a text without a mask or with several.
+        """
+        words = super().prompt(row).split()
+        masks = [i for i, word in enumerate(words) for _ in range(word.count(MASK))]
+        if len(masks) != 1:
+            raise ValueError(f"field {self.target!r} must hold one {MASK} where words are missing, got {len(masks)}")
+        return " ".join(words[max(0, masks[0] - self.context_words) : masks[0] + self.context_words + 1])
 
     def whole(self, source: str, answer: str) -> str:
         """The source with the answer in the place of its mask."""

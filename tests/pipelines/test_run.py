@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from pipelines.run import data_inputs, difference, fingerprint, run, run_lock, stage_inputs, up_to_date
+from pipelines.folders import difference, run_lock
+from pipelines.run import data_inputs, fingerprint, run, stage_inputs, up_to_date
 from yan_core.config import RunConfig, from_dict
 
 
@@ -101,7 +102,7 @@ def test_mistakes_of_a_config_are_found_before_anything_starts(tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_and_the_other_is_named(tmp_path):
     with run_lock(tmp_path):
-        code = f"import pathlib, pipelines.run as r\nwith r.run_lock(pathlib.Path({str(tmp_path)!r})): pass"
+        code = f"import pathlib, pipelines.folders as r\nwith r.run_lock(pathlib.Path({str(tmp_path)!r})): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is working in" in done.stderr and done.returncode != 0
     with run_lock(tmp_path):  # free again

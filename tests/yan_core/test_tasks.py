@@ -177,3 +177,30 @@ def test_a_continuation_ends_with_a_sentence_where_that_fits() -> None:
     assert source == " ".join(sentences[:4]) and target == " ".join(sentences[4:6])  # 30 words; 45 are too many
     source, target = text_pair("continuation", "Start. " + "word " * 60)
     assert source == "Start." and target == " ".join(["word"] * 40)
+
+
+def test_a_prompt_needs_no_answer_and_is_the_source_of_the_pair() -> None:
+    question = {name: ROW[name] for name in ("context", "question")}
+    assert get_task("question_answering").prompt(question) == get_task("question_answering").pair(ROW)[0]
+    assert get_task("classification").prompt({"text": "Stocks fell"}) == "Stocks fell"
+    with pytest.raises(ValueError, match="field 'question' is missing"):
+        get_task("question_answering").prompt({"context": "Mary is here."})
+
+
+def test_a_prompt_of_a_text_is_the_text_as_it_stands() -> None:
+    for name in ("last_word", "continuation"):
+        assert get_task(name).prompt({"text": "One. Two  three."}) == "One. Two three."
+        with pytest.raises(ValueError, match="field 'text' is blank"):
+            get_task(name).prompt({"text": " "})
+
+
+def test_infilling_wants_one_mask_and_reads_the_words_around_it() -> None:
+    task = get_task("infilling")
+    words = [str(i) for i in range(200)]
+    source, _ = task.pair({"text": " ".join(words)})
+    assert task.prompt({"text": source}) == source
+    long = " ".join([*words, f"{MASK},", *words])
+    assert task.prompt({"text": long}) == " ".join([*words[-64:], f"{MASK},", *words[:64]])
+    for text, count in (("no hole", 0), (f"{MASK} and {MASK}", 2)):
+        with pytest.raises(ValueError, match=f"must hold one <mask> where words are missing, got {count}"):
+            task.prompt({"text": text})

@@ -1,0 +1,79 @@
+"""Folders of results: one process at a time in each, and what its results were made from. No Ray, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from yan_core.files import clear_leftovers
+
+
+def flat(values: Any, where: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    if not isinstance(values, dict):
+        return {where: values}
+    return {
+        k: v for name, value in values.items() for k, v in flat(value, f"{where}.{name}" if where else name).items()
+    }
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first setting in which two inputs differ."""
+    before, after = flat(old), flat(new)
+    for key in [*after, *before]:
+        if before.get(key) != after.get(key):
+            return (
+                "the step before it was redone" if key == "before" else f"{key}: {before.get(key)} -> {after.get(key)}"
+            )
+    return "nothing"
+
+
+def read_inputs(path: Path) -> dict[str, Any] | None:
+    """Inputs recorded beside a result, or None."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+@contextmanager
+def run_lock(folder: Path, fresh: bool = False, instead: str = "--name") -> Iterator[None]:
+    """Let one process at a time work in a folder; what a killed one left half-written there is cleared up.
+
+    Args:
+        folder: That of a run, or of answers.
+        fresh: Whether to empty it.
+        instead: The option that names another folder.
+
+    Raises:
+        ValueError: If another one does; names its process.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise ValueError(
+                f"process {handle.read().strip() or '?'} is working in {folder}: "
+                f"wait for it, or choose another {instead}"
+            ) from error
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        if fresh:
+            for old in folder.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+                elif old.name != ".lock":
+                    old.unlink()
+        for place in (folder, folder / "stages"):
+            clear_leftovers(place)
+        yield
