@@ -130,6 +130,25 @@ def test_a_pack_that_is_too_large_is_refused_with_what_to_do(prepared, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ray
+def test_the_command_packs_what_it_prepares(tmp_path, capsys):
+    world = WorldConfig(seed=3)
+    for split, rows in (("train", 60), ("validation", 5)):
+        lines = [json.dumps(row) + "\n" for row in examples(world, 0, rows, split)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    own = {"format": "jsonl", "train": "train.jsonl", "validation": "validation.jsonl"}
+    settings = {"data": {"root": str(tmp_path), "dataset": "own", "datasets": {"own": own}}}
+    (tmp_path / "own.yaml").write_text(json.dumps({**settings, "name": "own", "runs_dir": str(tmp_path / "runs")}))
+    args = ["pack", "--config", str(tmp_path / "own.yaml"), "--scaling.num_workers", "1"]
+    assert quality_gpu.main([*args, "--output", str(tmp_path / "pack")]) == 0
+    assert "5 validation rows" in capsys.readouterr().out
+    packed = open_pack(tmp_path / "pack")
+    assert packed.config.name == "own" and len(packed.about["validation"]) == 5
+    assert sum(shard.rows for shard in packed.shards("finetune")) == 60
+    assert quality_gpu.main([*args, "--output", str(tmp_path / "other"), "--init_from", str(tmp_path)]) == 1
+    assert "must be of a YAN with fresh weights" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_pack_is_refused(tmp_path, capsys):
     assert quality_gpu.main(["run", "--shards", str(tmp_path), "--output", "x", "--minutes", "1"]) == 1
     assert "is no pack, it has no ids.safetensors.xz" in capsys.readouterr().err
