@@ -8,13 +8,13 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from pyarrow import fs
 
+from pipelines.order import Position
 from yan_core.checkpoint import CheckpointError
 from yan_core.files import atomic_folder, sha256_file, write_file
 
@@ -25,25 +25,6 @@ SEAL = "checkpoint.json"
 
 DECISION = "goes_on_from.json"
 """Which checkpoint the workers that run now went on from."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a training stands.
-
-    Attributes:
-        stage: Name of the stage.
-        fingerprint: Hash of what the stage's result depends on; another one is another training.
-        step: Optimizer steps of the stage that are done.
-        epoch: Which reading of the data goes on, from 0.
-        position: Rows of that epoch that are done with.
-    """
-
-    stage: str
-    fingerprint: str
-    step: int
-    epoch: int = 0
-    position: int = 0
 
 
 class Checkpoints:

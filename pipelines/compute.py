@@ -7,10 +7,9 @@ from collections import Counter
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.loader import StageBatches
-from pipelines.prepare import Prepared
+from pipelines.batches import TrainingData
+from pipelines.order import stage_order
 from pipelines.state import STAGES
-from pipelines.stream import ReadLane, StageStream, stage_order
 from yan_core.batching import Batch
 from yan_core.config import RunConfig, StageConfig
 from yan_core.loss import Objective
@@ -24,19 +23,15 @@ POOLS = 8
 """Pools of batches, spread over a stage, that are read to find how large its batches are."""
 
 
-def _sample(config: RunConfig, prepared: Prepared, stage: str) -> list[Batch]:
+def _sample(config: RunConfig, data: TrainingData, stage: str) -> list[Batch]:
     """Batches spread over a stage."""
-    order = stage_order(prepared, stage, config)
-    pools, found = order.pools(), []
-    read = ReadLane([StageStream(stage, order, pools)])
-    for place in range(0, len(pools), -(-len(pools) // POOLS)):
-        blocks = (read.read(place * order.lanes + lane) for lane in range(order.lanes))
-        batches = StageBatches(blocks, config).stage(stage, pools[place].first_step)
-        found += itertools.islice(batches, len(pools[place].batches))
+    pools, found = stage_order(data, stage, config).pools(), []
+    for pool in pools[:: -(-len(pools) // POOLS)]:
+        found += itertools.islice(data.batches(config, stage, pool.first_step), len(pool.batches))
     return found
 
 
-def step_flops(config: RunConfig, prepared: Prepared, stage: str) -> float:
+def step_flops(config: RunConfig, data: TrainingData, stage: str) -> float:
     """Mean floating-point operations of a stage's step, forward and backward.
 
     They are counted on a batch of about mean size, for each number of solver steps that may be drawn, as often as it
@@ -44,18 +39,18 @@ def step_flops(config: RunConfig, prepared: Prepared, stage: str) -> float:
 
     Args:
         config: The run.
-        prepared: Its data.
+        data: Its data.
         stage: A stage with max_steps > 0.
     """
     settings: StageConfig = getattr(config.stages, stage)
     loss = config.autoencoder_loss if stage == "autoencoder" else config.flow_loss
     solves = stage != "autoencoder" and config.baseline is None
     choices = Counter(config.flow_loss.solver_steps if solves else (1,))
-    model = build_model(config.architecture, prepared.tokenizer.vocab_size, config.seed)
+    model = build_model(config.architecture, data.tokenizer.vocab_size, config.seed)
     freeze_all_but(model, settings.trains)
     set_training_mode(model, settings.trains)
     objective = Objective(model, loss)
-    batches = _sample(config, prepared, stage)
+    batches = _sample(config, data, stage)
     mean = sum(batch.num_tokens for batch in batches) / len(batches)
     typical = min(batches, key=lambda batch: abs(batch.num_tokens - mean))
     part = Batch(**{name: value[:ROWS] for name, value in vars(typical).items()})
@@ -68,7 +63,7 @@ def step_flops(config: RunConfig, prepared: Prepared, stage: str) -> float:
     return flops * mean / part.num_tokens
 
 
-def training_flops(config: RunConfig, prepared: Prepared) -> dict[str, float]:
+def training_flops(config: RunConfig, data: TrainingData) -> dict[str, float]:
     """Floating-point operations of each stage that is trained."""
     steps = {stage: getattr(config.stages, stage).max_steps for stage in STAGES}
-    return {stage: n * step_flops(config, prepared, stage) for stage, n in steps.items() if n}
+    return {stage: n * step_flops(config, data, stage) for stage, n in steps.items() if n}

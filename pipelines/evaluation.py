@@ -167,7 +167,8 @@ def score_answers(
     if all(MASK in source for source in sources):
         texts = [task.whole(source, answer) for source, answer in zip(sources, answers, strict=True)]
         right = [[task.whole(source, r) for r in rs] for source, rs in zip(sources, references, strict=True)]
-        found |= {f"{metric}_whole_text": score(metric, texts, right) for metric in WHOLE_TEXT}
+        whole = [metric for metric in WHOLE_TEXT if metric in task.metrics]
+        found |= {f"{metric}_whole_text": score(metric, texts, right) for metric in whole}
     before = [source.split(MASK)[0] for source in sources]
     return found | {name: measure(before, list(answers), references) for name, measure in (extras or {}).items()}
 
@@ -194,6 +195,7 @@ def evaluate_model(
     device: str = "cpu",
     on_done: Callable[[Quality], None] | None = None,
     extras: Extras | None = None,
+    task: Task | None = None,
 ) -> list[Quality]:
     """Answer every row at each number of steps, score it and time it.
 
@@ -205,6 +207,7 @@ def evaluate_model(
         device: Where the model runs.
         on_done: Called after each number of steps.
         extras: What else is measured; None: nothing.
+        task: Names the metrics; None: the model's own task.
 
     Raises:
         ValueError: If there is no row, or no model in a folder that `extras` names.
@@ -214,7 +217,7 @@ def evaluate_model(
     extras = extras or Extras()
     others = _load_extras(extras, device)
     generator = yan_core.load(folder, device)
-    task, normalize = get_task(generator.details["task"]), generator.tokenizer.normalize
+    task, normalize = task or get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
     true_lengths = [min(max(1, len(e.ids)), generator.max_target_tokens) for e in encoded]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from ray.data.collate_fn import ArrowBatchCollateFn
 
-from pipelines.order import num_lanes
-from yan_core.batching import Batch, autoencoder_batch, infilling_batch, task_batch
+from pipelines.batches import as_rows, make_batch
+from pipelines.order import num_lanes, stage_order
+from pipelines.prepare import Prepared
+from pipelines.stream import ReadLane, StageStream
+from yan_core.batching import Batch
 from yan_core.config import RunConfig, StageConfig
-from yan_core.noise import fold
 from yan_core.training import TrainingFailed
-
-T = TypeVar("T")
-
-
-def row_keys(seed: int, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-    """Keys for the random draws of rows, int64, [rows]: from the seed, the epoch and the row's number alone."""
-    return fold(fold(torch.as_tensor(rows, dtype=torch.int64), seed), torch.as_tensor(epochs, dtype=torch.int64))
 
 
 class _AsTable(ArrowBatchCollateFn):
@@ -73,20 +65,8 @@ class StageBatches:
             for i in range(len(round_[0]["step"]) // in_batch):
                 part = slice(i * in_batch, (i + 1) * in_batch)
                 rows = {name: np.concatenate([r[name][part] for r in round_]) for name in round_[0]}
-                yield self._batch(stage, rows, groups=len(round_))
+                yield make_batch(self.config, stage, rows, groups=len(round_))
                 step += 1
-
-    def _batch(self, stage: str, rows: dict[str, np.ndarray], groups: int) -> Batch:
-        config = self.config
-        keys = row_keys(config.seed, rows["epoch"], rows["row"])
-        sources, targets = list(rows["source"]), list(rows["target"])
-        if stage == "autoencoder":
-            return autoencoder_batch(targets, keys, config.autoencoder_loss, groups)
-        fill = config.model.length == "fill" or config.baseline is not None
-        if stage == "flow":
-            return infilling_batch(targets, keys, config.flow_loss, fill, groups)
-        longest = config.data.max_target_tokens
-        return task_batch(sources, targets, keys, config.flow_loss, longest, fill)
 
 
 def _columns(block: pa.Table) -> dict[str, np.ndarray]:
@@ -94,9 +74,7 @@ def _columns(block: pa.Table) -> dict[str, np.ndarray]:
     found = {name: block.column(name).to_numpy() for name in ("epoch", "row", "step")}
     for name in ("source", "target"):
         array = block.column(name).combine_chunks()
-        values, offsets = array.values.to_numpy(), array.offsets.to_numpy()
-        found[name] = np.empty(len(array), object)
-        found[name][:] = [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        found[name] = as_rows(array.values.to_numpy(), array.offsets.to_numpy())
     return found
 
 
@@ -106,14 +84,9 @@ def open_blocks(shard: Any) -> Iterator[pa.Table]:
         yield block
 
 
-def ahead(batches: Iterator[T], depth: int = 4) -> Iterator[T]:
-    """The same, made by a thread of its own up to `depth` batches ahead of their use; an error comes in its place."""
-    end: Any = object()
-    maker = ThreadPoolExecutor(1)
-    try:
-        ready = deque(maker.submit(next, batches, end) for _ in range(depth))
-        while (batch := ready.popleft().result()) is not end:
-            ready.append(maker.submit(next, batches, end))
-            yield batch
-    finally:
-        maker.shutdown(wait=False, cancel_futures=True)
+def stage_batches(config: RunConfig, prepared: Prepared, stage: str, step: int = 0) -> Iterator[Batch]:
+    """The batches of a stage from a step on, read in this process."""
+    order = stage_order(prepared, stage, config)
+    read = ReadLane([StageStream(stage, order, order.pools(step))])
+    blocks = (read.read(number) for number in range(read.first[-1]))
+    return StageBatches(blocks, config).stage(stage, step)

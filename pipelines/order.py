@@ -13,10 +13,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
-from yan_core.config import DataConfig, StageConfig
+from yan_core.config import DataConfig, RunConfig, StageConfig
 
 FRAGMENT_ROWS = 1024
 """Most neighbouring rows that stay together when an epoch is shuffled; small data are shuffled row by row."""
@@ -38,6 +39,33 @@ class Shard:
     path: str
     rows: int
     epochs: float = 1.0
+
+
+class Sharded(Protocol):
+    """Data in shards."""
+
+    def shards(self, stage: str) -> list[Shard]:
+        """Shards that a stage trains on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands.
+
+    Attributes:
+        stage: Name of the stage.
+        fingerprint: Hash of what the stage's result depends on; another one is another training.
+        step: Optimizer steps of the stage that are done.
+        epoch: Which reading of the data goes on, from 0.
+        position: Rows of that epoch that are done with.
+    """
+
+    stage: str
+    fingerprint: str
+    step: int
+    epoch: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,3 +240,8 @@ class StageOrder:
 def num_lanes(settings: StageConfig, data: DataConfig) -> int:
     """Lanes of a stage: data.lanes, or as many of them as divide its batch evenly."""
     return math.gcd(settings.batch_size, data.lanes)
+
+
+def stage_order(data: Sharded, stage: str, config: RunConfig) -> StageOrder:
+    """The batches of a stage."""
+    return StageOrder(RowOrder(data.shards(stage), config.seed), getattr(config.stages, stage), config.data)

@@ -2,71 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.loader import StageBatches, ahead
-from pipelines.prepare import Prepared
-from pipelines.stream import ReadLane, StageStream, stage_order
+from pipelines.batches import TrainingData, ahead
+from pipelines.order import Position, stage_order
+from pipelines.state import StageJob, StageState
 from yan_core.baselines import Baseline
 from yan_core.batching import Batch
-from yan_core.config import RunConfig, StageConfig
-from yan_core.loss import Objective
+from yan_core.config import RunConfig
 from yan_core.model import YanModel
-from yan_core.training import (
-    build_optimizer,
-    draw_solver_steps,
-    freeze_all_but,
-    learning_rate,
-    set_training_mode,
-    train_step,
-)
+from yan_core.training import NonFiniteLoss, draw_solver_steps, learning_rate, set_training_mode, train_step
+
+OnStep = Callable[[int, dict[str, Tensor]], bool]
+"""Called after each step with its number, from 1, and its metrics; False ends the training. It may put the model into
+evaluation mode."""
 
 
-def stage_batches(config: RunConfig, prepared: Prepared, stage: str) -> Iterator[Batch]:
-    """All batches of a stage, read in this process."""
-    order = stage_order(prepared, stage, config)
-    read = ReadLane([StageStream(stage, order, order.pools())])
-    blocks = (read.read(number) for number in range(read.first[-1]))
-    return StageBatches(blocks, config).stage(stage, 0)
+def plain_state(
+    model: YanModel | Baseline,
+    config: RunConfig,
+    data: TrainingData,
+    stage: str,
+    checkpoint: tuple[Path, Position] | None = None,
+) -> StageState:
+    """A stage to be trained in this process, from its first step or from a checkpoint; see `StageState`."""
+    whole = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, strategy="ddp"))
+    job = StageJob(stage, {}, "", "", "", "")
+    return StageState(whole, job, model, data.tokenizer, stage_order(data, stage, config), checkpoint)
+
+
+def train_on(state: StageState, batches: Iterator[Batch], on_step: OnStep, steps: int | None = None) -> None:
+    """Train a stage with the losses and updates that Ray Train's workers have.
+
+    Args:
+        state: Where it stands.
+        batches: The stage's, from there on.
+        on_step: See `OnStep`.
+        steps: Steps of the stage after which to end; None: all.
+
+    Raises:
+        NonFiniteLoss: After `optim.max_skipped` steps in a row without a finite gradient.
+    """
+    config, settings = state.config, state.settings
+    device = next(state.model.parameters()).device
+    objective: Any = torch.compile(state.objective, dynamic=True) if config.scaling.compile else state.objective
+    batches, skipped = ahead(batches), 0
+    while state.step < (settings.max_steps if steps is None else steps):
+        set_training_mode(state.model, settings.trains)
+        batch, metrics = next(batches).to(device), {}
+        lr = learning_rate(state.step, settings.max_steps, settings.optim)
+        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
+        bf16 = device.type == "cuda"
+        torch.manual_seed(config.seed + state.step)  # GPT-2 and BART draw their dropout from the global generator
+        try:
+            metrics = train_step(objective, batch, state.optimizer, num_steps, lr, settings.optim.clip_norm, bf16)
+            skipped = 0
+            if state.average is not None:
+                state.average.update(state.model, state.step)
+        except NonFiniteLoss:
+            skipped += 1
+            if skipped > settings.optim.max_skipped:
+                raise
+        state.step += 1
+        if metrics and not on_step(state.step, metrics):
+            return
 
 
 def train_plainly(
     model: YanModel | Baseline,
     config: RunConfig,
-    prepared: Prepared,
+    data: TrainingData,
     stage: str,
-    on_step: Callable[[int, dict[str, Tensor]], bool],
+    on_step: OnStep,
     steps: int | None = None,
 ) -> None:
-    """Train a stage with the batches, losses and updates that Ray Train's workers have.
+    """Train a stage from its first step, with the batches that Ray Train's workers have.
 
     Args:
         model: Trained in place, on the device it is on.
         config: The run.
-        prepared: The data.
+        data: The rows.
         stage: `autoencoder`, `flow` or `finetune`.
-        on_step: Called after each step with its number, from 1, and its metrics; False ends the training. It may put
-            the model into evaluation mode.
+        on_step: See `OnStep`.
         steps: Most steps; None: those of the stage.
     """
-    settings: StageConfig = getattr(config.stages, stage)
-    loss = config.autoencoder_loss if stage == "autoencoder" else config.flow_loss
-    device = next(model.parameters()).device
-    batches = ahead(stage_batches(config, prepared, stage))
-    freeze_all_but(model, settings.trains)
-    objective, optimizer = Objective(model, loss), build_optimizer(model, settings.optim)
-    for step in range(settings.max_steps if steps is None else steps):
-        set_training_mode(model, settings.trains)
-        batch = next(batches).to(device)
-        lr = learning_rate(step, settings.max_steps, settings.optim)
-        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, step)
-        bf16 = device.type == "cuda"
-        metrics = train_step(objective, batch, optimizer, num_steps, lr, settings.optim.clip_norm, bf16)
-        if not on_step(step + 1, metrics):
-            return
+    train_on(plain_state(model, config, data, stage), data.batches(config, stage), on_step, steps)
 
 
 def device_of(use_gpu: bool) -> torch.device:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,9 @@ from yan_core.config import DataConfig, RunConfig, to_dict
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from yan_core.batching import Batch
 
 PARTS = ("flow", "finetune", "validation", "test")
 """Folders of shards."""
@@ -89,6 +92,12 @@ class Prepared:
                     often = epochs.get(file["source"], 1.0) if part == "flow" else 1.0
                     found.append(Shard(str(self.folder / name), file["rows"], often))
         return found
+
+    def batches(self, config: RunConfig, stage: str, step: int = 0) -> Iterator[Batch]:
+        """The batches of a stage from a step on, one a step, read in this process."""
+        from pipelines.loader import stage_batches  # brings torch, which tokenising workers do without
+
+        return stage_batches(config, self, stage, step)
 
     def num_rows(self, stage: str) -> int:
         """Rows that a stage trains on."""

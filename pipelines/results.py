@@ -9,15 +9,16 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from yan_core.bootstrap import paired_difference
 from yan_core.files import write_file
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Report = Mapping[str, Any]
-"""What `pipelines.compare.compare` gives."""
+"""What `pipelines.compare.compare` and `pipelines.benchmarks.quality_gpu` give."""
 
 MAIN_STEPS = 3
 """Solver steps that stand for YAN where one figure must do."""
@@ -42,11 +43,14 @@ def markdown(report: Report) -> str:
     """One report as a table, a line for each contestant and number of steps."""
     metric = next(iter(report["contestants"].values()))["quality"][0]["metric"]
     machine = report["machine"]
+    where = f"{machine['processor']} ({machine['cores']} cores), float32"
+    if machine["device"] != "cpu":
+        where = f"{machine['device']}, trained in bfloat16, answers in float32"
     lines = [
         f"### {report['name']}",
         "",
         f"{report['task']} on {report['data']}, {report['rows']} validation rows; {report['date'][:10]}, commit "
-        f"{report['commit'][:12]}, {machine['processor']} ({machine['cores']} cores), float32.",
+        f"{report['commit'][:12]}, {where}.",
         "",
         f"| model | steps | {metric.replace('_', ' ')} [95 %] | told length | others | passes | ms, alone "
         "| ms per 1,000 tokens, 64 together | parameters | TFLOPs of training | training |",
@@ -85,6 +89,8 @@ def _embeddings(of: Mapping[str, Any]) -> int:
 
 def pictures(report: Report) -> dict[str, Figure]:
     """Quality against latency and against steps, by file name."""
+    from matplotlib.figure import Figure  # a table can do without
+
     contestants = report["contestants"].values()
     metric = next(iter(contestants))["quality"][0]["metric"].replace("_", " ")
     pareto = Figure(figsize=(7, 4.2), layout="constrained")
@@ -135,10 +141,11 @@ def page(reports: Sequence[Report]) -> str:
     parts = [
         "# Results\n",
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md` from what `yan compare` "
-        "measured; no figure is typed by hand. Every contestant of a table was trained on the same rows with the same "
-        "tokenizer, for the same number of floating-point operations. Parameters are those of the layers + those of "
-        "embeddings, positions and vocabulary head; passes are the median of requests alone. Every model finds the end "
-        "of an answer itself; *told length* is what it would reach if it were told. Intervals are over validation "
+        "or `pipelines.benchmarks.quality_gpu` measured; no figure is typed by hand. Every contestant of a table was "
+        "trained on the same rows with the same tokenizer, for the same number of floating-point operations. "
+        "Parameters are those of the layers + those of embeddings, positions and vocabulary head; passes are the "
+        "median of requests alone. Every model finds the end of an answer itself; *told length* is what it would "
+        "reach if it were told. Intervals are over validation "
         "rows; each model was trained once, with one seed and the settings of the run compared.\n",
     ]
     for report in reports:

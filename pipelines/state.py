@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints import Position
-from pipelines.order import StageOrder
+from pipelines.order import Position, StageOrder
 from yan_core.baselines import Baseline
 from yan_core.checkpoint import from_pretrained, save_pretrained
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig, RunConfig, StageConfig

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from pipelines.order import Pool, RowOrder, StageOrder
+from pipelines.order import Pool, StageOrder, stage_order
 from pipelines.prepare import Prepared
 from yan_core.config import RunConfig
 
@@ -41,11 +41,6 @@ class StageStream:
     def num_blocks(self) -> int:
         """Blocks of the stream."""
         return len(self.pools) * self.order.lanes
-
-
-def stage_order(prepared: Prepared, stage: str, config: RunConfig) -> StageOrder:
-    """The batches of a stage."""
-    return StageOrder(RowOrder(prepared.shards(stage), config.seed), getattr(config.stages, stage), config.data)
 
 
 @lru_cache(maxsize=64)

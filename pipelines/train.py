@@ -36,15 +36,17 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 import yan_core
-from pipelines.checkpoints import Checkpoints, Position
+from pipelines.batches import ahead
+from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import quiet_ray
-from pipelines.loader import StageBatches, ahead, open_blocks
+from pipelines.loader import StageBatches, open_blocks
 from pipelines.metrics_buffer import MetricsBuffer
+from pipelines.order import Position, stage_order
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.reporter import Reporter
 from pipelines.sources import DataError
 from pipelines.state import StageJob, StageState
-from pipelines.stream import open_stream, stage_order
+from pipelines.stream import open_stream
 from pipelines.validation import Validation
 from yan_core.baselines import Baseline
 from yan_core.batching import Batch

@@ -6,6 +6,7 @@ references counts, the best one.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import string
 from collections import Counter
@@ -198,3 +199,11 @@ METRICS: dict[str, Metric] = {
     "bleu": bleu,
 }
 """Metrics by the names that tasks give."""
+
+LIBRARIES = {"rouge_1": "rouge_score", "rouge_2": "rouge_score", "rouge_l": "rouge_score", "bleu": "sacrebleu"}
+"""What metrics need beside NumPy."""
+
+
+def installed(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Those of some metrics whose libraries are there."""
+    return tuple(m for m in metrics if m not in LIBRARIES or importlib.util.find_spec(LIBRARIES[m]) is not None)

@@ -60,10 +60,9 @@ def all_reduce_s(numbers: int) -> tuple[float, float]:
 
 def seen_tokens(config: RunConfig, prepared: Path, steps: int) -> float:
     """Mean number of places of a source in the batches of the first steps, padding included."""
-    from pipelines.plain import stage_batches
     from pipelines.prepare import open_prepared
 
-    batches = stage_batches(config, open_prepared(prepared), "finetune")
+    batches = open_prepared(prepared).batches(config, "finetune")
     widths = [next(batches).source_ids.shape[1] for _ in range(steps)]
     return sum(widths) / len(widths)
 

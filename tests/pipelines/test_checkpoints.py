@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoints import SEAL, Checkpoints, Position
+from pipelines.checkpoints import SEAL, Checkpoints
+from pipelines.order import Position
 from yan_core.checkpoint import CheckpointError
 
 NAMES = [f"checkpoint_2026-11-24_00-00-0{i}.000000" for i in range(3)]

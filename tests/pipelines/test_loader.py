@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.batches import ahead, row_keys
 from pipelines.cluster import ray_session
-from pipelines.loader import StageBatches, ahead, row_keys
+from pipelines.loader import StageBatches
+from pipelines.order import stage_order
 from pipelines.prepare import Prepared
-from pipelines.stream import ReadLane, StageStream, open_stream, read_rows_of, stage_order
+from pipelines.stream import ReadLane, StageStream, open_stream, read_rows_of
 from yan_core.config import RunConfig, from_dict
 from yan_core.tokenization import Tokenizer
 from yan_core.training import TrainingFailed

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.checkpoints import Checkpoints, Position
-from pipelines.order import RowOrder, Shard, StageOrder
+from pipelines.checkpoints import Checkpoints
+from pipelines.order import Position, RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
 from pipelines.train import left_from
 from yan_core.checkpoint import CheckpointError
