@@ -211,6 +211,23 @@ def compose(path: Path) -> list[str]:
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
 
+def pgloader(path: Path) -> list[str]:
+    """Its rewriting of tables and columns against MLflow's; test_migration.py runs the whole."""
+    from mlflow.store.db.base_sql_model import Base
+    from mlflow.store.model_registry.dbmodels import models as registry
+    from mlflow.store.tracking.dbmodels import models as tracking
+
+    assert registry and tracking  # their import fills Base
+    tables = {name: set(table.columns.keys()) for name, table in Base.metadata.tables.items()}
+    updates = re.findall(r"update (\w+) set (\w+) = replace\((\w+)", path.read_text())
+    if len(updates) != path.read_text().count("$$") // 2:
+        return ["a statement is not of the form `update TABLE set COLUMN = replace(COLUMN, ...`"]
+    wrong = [
+        (table, column) for table, *columns in updates for column in columns if column not in tables.get(table, ())
+    ]
+    return [f"MLflow has no column {table}.{column}" for table, column in wrong]
+
+
 # --- monitoring -------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +329,7 @@ CHECKS: list[tuple[str, Callable[[Path], list[str]]]] = [
     ("docker/Dockerfile", dockerfile),
     ("mlflow/kubernetes.yaml", kubernetes),
     ("*/compose.yaml", compose),
+    ("mlflow/*.load", pgloader),
     ("monitoring/prometheus*.yml", prometheus),
     ("monitoring/rules.yml", prometheus),
     ("monitoring/grafana/dashboards/*.json", dashboard),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.clusters.checks import CLUSTERS, compose, documents, written
+from tests.clusters.checks import CLUSTERS, compose, documents, pgloader, written
 
 COMPOSE = yaml.safe_load((CLUSTERS / "mlflow/compose.yaml").read_text())
 FILES = sorted(CLUSTERS.glob("*/compose.yaml"))
@@ -30,6 +30,13 @@ def test_checker_finds_wrong_fields(keys: list[str], value: Any, message: str):
         place = place[key]
     place[keys[-1]] = value
     assert any(message in error for error in compose(written(config)))
+
+
+def test_checker_finds_columns_that_mlflow_does_not_have(tmp_path):
+    text = (CLUSTERS / "mlflow/sqlite_to_postgresql.load").read_text()
+    changed = tmp_path / "changed.load"
+    changed.write_text(text.replace("set artifact_uri", "set artefact_uri"))
+    assert pgloader(changed) == ["MLflow has no column runs.artefact_uri"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.parent.name)
