@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "$(CURDIR)" > $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve,baselines,harness,dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[pipelines,serve,baselines,harness,cluster,dev]'
 	@touch $@
 
 constraints: $(VENV)/.installed-dev

@@ -335,6 +335,24 @@ def _plan(args: list[str]) -> int:
     return plan(args)
 
 
+def _submit(args: list[str]) -> int:
+    from pipelines.jobs import submit_main
+
+    return submit_main(args)
+
+
+def _jobs(args: list[str]) -> int:
+    from pipelines.jobs import jobs_main
+
+    return jobs_main(args)
+
+
+def _stop(args: list[str]) -> int:
+    from pipelines.jobs import stop_main
+
+    return stop_main(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
     "prepare": ("read, tokenise and write the data of a run", _prepare),
@@ -344,6 +362,9 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "compare": ("train YAN and its baselines on the same data for the same compute; one table of all", _compare),
     "lm-eval": ("lm-evaluation-harness with a saved model: `--model yan --model_args pretrained=FOLDER`", _lm_eval),
     "serve": ("serve a model over HTTP", _serve),
+    "submit": ("run on a cluster what `run` would here, and follow it", _submit),
+    "jobs": ("the jobs of a cluster", _jobs),
+    "stop": ("have a job of a cluster save a checkpoint and end", _stop),
     "tune": ("search settings with Ray Tune; each trial is a run in MLflow", _tune),
     "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),
     "config": ("print the resolved config", _config),

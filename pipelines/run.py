@@ -318,6 +318,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         state = read_inputs(folder / "run.json") or {}
         # Another config is another MLflow run: its parameters are written once.
         tracker = Tracker.start(config, state.get("run_id") if state.get("final") == final else None)
+        say(f"MLflow run: {tracker.run_id} at {tracker.uri}")
         state = {"run_id": tracker.run_id, "final": final, "finished": False}
         write_file(folder / "run.json", json.dumps(state))
         resolved = json.dumps(to_dict(config), indent=2)

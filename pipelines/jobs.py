@@ -1,0 +1,326 @@
+"""Ray's jobs API for runs: what is wrong is found here, what is needed is uploaded, and the job's end is ours."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp  # comes with Ray's jobs client
+import ray
+import ray.exceptions
+import requests.exceptions
+import yaml
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+import yan_core
+from pipelines.cli import UsageError, parse_config
+from pipelines.prepare import corpora_of
+from pipelines.sources import find_dataset, locate
+from yan_core.config import RunConfig, to_dict
+from yan_core.files import code_commit, code_fingerprint
+
+PACKAGES = ("yan_core", "pipelines", "serve")
+"""What a job needs of the code."""
+CONFIG = "job.yaml"
+"""The run's resolved config, in what is uploaded."""
+STOP_WAIT_S = 60
+"""Seconds between a job's SIGTERM and its SIGKILL: a checkpoint is saved in between. Ray's own are three."""
+
+
+class JobError(RuntimeError):
+    """The cluster does not do what was asked; the message is the whole story."""
+
+
+# --- before anything is sent ------------------------------------------------------------------------------------------
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuse paths that mean another place on another node: a job's own folder goes when the job ends.
+
+    Raises:
+        UsageError: Naming each of them.
+    """
+    paths = {"runs_dir": config.runs_dir, "init_from": config.init_from, "scaling.storage": config.scaling.storage}
+    for name in (config.data.dataset, *corpora_of(config.data)):
+        dataset = find_dataset(config.data, name)
+        if dataset.format in ("parquet", "jsonl", "csv", "text"):
+            for part in ("train", "validation"):
+                if where := getattr(dataset, part):
+                    paths[f"data.datasets.{name}.{part}"] = locate(config.data, where)
+    relative = [f"{key}={path}" for key, path in paths.items() if path and "://" not in path and path[0] != "/"]
+    if relative:
+        raise UsageError(
+            f"{', '.join(relative)}: a job needs absolute paths (or URLs) that all nodes reach; data sets' paths start "
+            "from data.root"
+        )
+
+
+@contextmanager
+def packed(config: RunConfig, max_bytes: int) -> Iterator[tuple[Path, int]]:
+    """A folder with the code that runs here and the run's config, and its size in bytes, while the block runs.
+
+    Raises:
+        UsageError: If it is larger than `max_bytes`; names the largest files.
+    """
+    with tempfile.TemporaryDirectory(prefix="yan-job-") as scratch:
+        folder = Path(scratch)
+        for name in PACKAGES:
+            source = Path(yan_core.__file__).parents[1] / name
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results", ".*"))
+        (folder / CONFIG).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in _files(folder)}
+        total = sum(sizes.values())
+        if total > max_bytes:
+            largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
+            raise UsageError(
+                f"--max-upload-mb: the job would upload {total / 1e6:.1f} MB, more than {max_bytes / 1e6:g}; the "
+                f"largest files are {largest}"
+            )
+        yield folder, total
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def environment(given: Sequence[str]) -> dict[str, str]:
+    """Environment of a job: MLFLOW_TRACKING_URI and what is named. Anybody with the cluster's token can read it.
+
+    Args:
+        given: `NAME=VALUE`, or `NAME` for a variable of this process.
+
+    Raises:
+        UsageError: If a named variable is not set.
+    """
+    variables = {"YAN_COMMIT": code_commit(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    for name in ["MLFLOW_TRACKING_URI"] if os.environ.get("MLFLOW_TRACKING_URI") else []:
+        variables[name] = os.environ[name]
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals and name not in os.environ:
+            raise UsageError(f"--env {name}: there is no such variable here; give it as {name}=VALUE")
+        variables[name] = value if equals else os.environ[name]
+    return variables
+
+
+# --- the cluster ------------------------------------------------------------------------------------------------------
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the jobs API.
+
+    Args:
+        address: Of the head's dashboard; None: RAY_API_SERVER_ADDRESS, else the cluster of RAY_ADDRESS.
+
+    Raises:
+        JobError: If nobody answers, or another version of Ray.
+        UsageError: If no address is known.
+    """
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
+    if address is not None:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray's client prefers what the environment names
+    elif not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
+        raise UsageError("--address is missing: http://HOST:8265 of the cluster's head, or set RAY_API_SERVER_ADDRESS")
+    shown = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    with _plain_errors(shown):
+        client = JobSubmissionClient()
+    if (found := client._server_ray_version) != ray.__version__:  # asked by its constructor
+        raise JobError(f"the cluster at {shown} runs Ray {found}, this machine {ray.__version__}: use one version")
+    return client
+
+
+@contextmanager
+def _plain_errors(address: str | None) -> Iterator[None]:
+    """Say what went wrong with a cluster in one line."""
+    try:
+        yield
+    except (ConnectionError, requests.exceptions.RequestException) as error:
+        raise JobError(f"no Ray answers at {address}: is the address that of the head's dashboard (port 8265)?") from (
+            error
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise JobError(
+            f"the cluster at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file"
+        ) from error
+    except RuntimeError as error:
+        raise JobError(str(error).strip().splitlines()[-1][:500]) from error
+
+
+def submit(
+    client: JobSubmissionClient, command: str, config: RunConfig, variables: dict[str, str], max_bytes: int
+) -> str:
+    """Upload code and config and start the job; returns its id."""
+    with packed(config, max_bytes) as (folder, size):
+        print(f"upload: {len(_files(folder))} files, {size / 1e6:.2f} MB; environment: {', '.join(variables)}")
+        with _plain_errors(client.get_address()):
+            return client.submit_job(
+                entrypoint=f"python -m pipelines {command} --config {CONFIG}",
+                runtime_env={"working_dir": str(folder), "env_vars": variables},
+                metadata={"run": config.name, "commit": code_commit(), "code": code_fingerprint()},
+            )
+
+
+def follow(client: JobSubmissionClient, job: str) -> JobDetails:
+    """Print a job's log until it ends, over as many connections as it takes."""
+    shown, tries = 0, 0
+    while True:
+        try:
+            before, shown = shown, asyncio.run(_print_from(client, job, shown))
+            tries = 0 if shown > before else tries
+        except (aiohttp.ClientError, RuntimeError, OSError):
+            tries += 1
+        with _plain_errors(client.get_address()):
+            try:
+                details = client.get_job_info(job)
+            except (ConnectionError, requests.exceptions.RequestException):
+                if tries >= 30:
+                    raise
+                time.sleep(2)
+                continue
+        if details.status.is_terminal():
+            return details
+        time.sleep(1)
+
+
+async def _print_from(client: JobSubmissionClient, job: str, shown: int) -> int:
+    """Print a job's log from a character on, while it grows; returns how many were printed in all."""
+    seen = 0
+    async for text in client.tail_job_logs(job):
+        new = text[max(0, shown - seen) :]
+        seen += len(text)
+        print(new, end="", flush=True)
+        shown = max(shown, seen)
+    return shown
+
+
+def exit_code(details: JobDetails) -> int:
+    """The code that this process leaves with: the job's."""
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.status == JobStatus.STOPPED:
+        return 143
+    return details.driver_exit_code or 1
+
+
+def mlflow_link(log: str) -> str:
+    """Address of the MLflow run that a log names, for a browser where there is one; empty: it names none."""
+    found = re.findall(r"^MLflow run: (\w+) at (\S+)$", log, flags=re.M)
+    if not found:
+        return ""
+    run, uri = found[-1]
+    return f"{uri.rstrip('/')}/#/runs/{run}" if uri.startswith("http") else f"{run} at {uri}"
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def submit_main(args: list[str]) -> int:
+    """`yan submit`."""
+    parser = argparse.ArgumentParser(
+        prog="yan submit",
+        usage="yan submit --address http://HOST:8265 --config FILE [--section.key value ...]",
+        description="Run on a cluster what `yan run` would here, and follow it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--address", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
+    parser.add_argument("--command", choices=["run", "train", "prepare"], default="run", help="what to run")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="pass a variable; repeat it")
+    parser.add_argument("--max-upload-mb", type=float, default=20.0, help="refuse to upload more")
+    parser.add_argument("--no-wait", action="store_true", help="leave when the job is started")
+    chosen, rest = parser.parse_known_args(args)
+    config = parse_config("submit", rest)
+    check_paths(config)
+    variables = environment(chosen.env)
+    client = connect(chosen.address)
+    job = submit(client, chosen.command, config, variables, int(chosen.max_upload_mb * 1e6))
+    print(f"job: {job}; yan stop {job} stops it, Ctrl-C leaves it running", flush=True)
+    if chosen.no_wait:
+        return 0
+    try:
+        details = follow(client, job)
+    except KeyboardInterrupt:
+        print(f"\nyan submit: {job} goes on without us; yan stop {job} stops it", file=sys.stderr)
+        return 130
+    with _plain_errors(client.get_address()):
+        link = mlflow_link(client.get_job_logs(job))
+    print(f"job {job}: {details.status.value}{f'; MLflow run: {link}' if link else ''}")
+    if details.status == JobStatus.FAILED and details.message:
+        print(f"yan submit: {details.message.strip().splitlines()[-1][:500]}", file=sys.stderr)
+    return exit_code(details)
+
+
+def jobs_main(args: list[str]) -> int:
+    """`yan jobs`."""
+    parser = argparse.ArgumentParser(prog="yan jobs", description="The jobs of a cluster, the newest first.")
+    parser.add_argument("--address", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
+    client = connect(parser.parse_args(args).address)
+    with _plain_errors(client.get_address()):
+        jobs = [job for job in client.list_jobs() if job.submission_id]
+    print("\n".join(table(jobs)))
+    return 0
+
+
+def table(jobs: Sequence[JobDetails]) -> list[str]:
+    """Lines that show jobs, the newest first."""
+    rows: list[tuple[str, ...]] = [("JOB", "STATUS", "RUN", "STARTED", "TIME", "COMMIT")]
+    for job in sorted(jobs, key=lambda job: -(job.start_time or 0)):
+        metadata: dict[str, Any] = job.metadata or {}
+        rows.append(
+            (
+                str(job.submission_id),
+                job.status.value,
+                metadata.get("run", "-"),
+                _moment(job.start_time),
+                _span(job.start_time, job.end_time),
+                metadata.get("commit", "-"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _moment(at_ms: int | None) -> str:
+    return datetime.datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M") if at_ms else "-"
+
+
+def _span(start_ms: int | None, end_ms: int | None) -> str:
+    if not start_ms:
+        return "-"
+    seconds = int((end_ms or time.time() * 1000) - start_ms) // 1000
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def stop_main(args: list[str]) -> int:
+    """`yan stop`."""
+    parser = argparse.ArgumentParser(
+        prog="yan stop",
+        description="Have a job save a checkpoint and end. The same `yan submit` goes on from there.",
+    )
+    parser.add_argument("job", help="as `yan jobs` lists it")
+    parser.add_argument("--address", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
+    chosen = parser.parse_args(args)
+    client = connect(chosen.address)
+    with _plain_errors(client.get_address()):
+        if not client.stop_job(chosen.job):
+            print(f"{chosen.job} had ended already: {client.get_job_status(chosen.job).value}")
+            return 0
+        deadline = time.monotonic() + 2 * STOP_WAIT_S
+        while not (status := client.get_job_status(chosen.job)).is_terminal():
+            if time.monotonic() > deadline:
+                raise JobError(f"{chosen.job} was told to stop {2 * STOP_WAIT_S} s ago and is still {status.value}")
+            time.sleep(0.5)
+    print(f"{chosen.job}: {status.value}")
+    return 0

@@ -1,0 +1,85 @@
+"""The Dockerfile, and what goes into images and uploads."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.clusters.checks import CLUSTERS, ROOT, dockerfile
+
+TEXT = (CLUSTERS / "docker/Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+STAGES = {
+    match[2]: body
+    for part in re.split(r"^FROM ", TEXT, flags=re.M)[1:]
+    for match, body in [(re.match(r"(\S+) AS (\S+)\n", part), part)]
+    if match
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("FROM python:latest AS last\nUSER 1000\n", "DL3007"),
+        ("FROM python:3.11 AS last\nRUN pip install torch\n", "DL3013"),
+        ("FROM python:3.11 AS last\nUSER root\n", "DL3002"),
+        ("FROM python:3.11 AS last\nRUNN true\n", "/dev/stdin:"),
+    ],
+)
+def test_checker_finds_wrong_lines(line: str, rule: str, tmp_path: Path):
+    file = tmp_path / "Dockerfile"
+    file.write_text(f"{TEXT}\n{line}")
+    assert any(rule in error for error in dockerfile(file))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "mlflow"])
+def test_image_runs_as_a_user_without_rights(target: str):
+    assert re.findall(r"^USER (\S+)", STAGES[target], flags=re.M)[-1:] == ["1000:1000"]
+
+
+def test_images_hold_no_secret_and_no_moving_version():
+    assert not re.search(r"(?i)token=|password|secret", TEXT)
+    assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-\w+$", TEXT, flags=re.M)
+    assert all("-c constraints.txt" in line for line in re.findall(r".*pip install.*", TEXT))
+    assert "torch==2.13.0" in PROJECT["project"]["dependencies"] and "-c constraints.txt torch==2.13.0 " in TEXT
+
+
+def test_line_that_lists_the_requirements_lists_them_all(tmp_path: Path):
+    (line,) = re.findall(r'^RUN python -c "(.*?)" > requirements.txt$', TEXT, flags=re.M | re.S)
+    code = line.replace("\\\n", "\n")  # as a shell joins the lines
+    code = re.sub(r"\n\s*", "", code)
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    project = PROJECT["project"]
+    extras = (project["optional-dependencies"][name] for name in ("pipelines", "serve", "cluster"))
+    assert done.stdout.split("\n")[:-1] == [*project["dependencies"], *(r for extra in extras for r in extra)]
+
+
+def test_mlflow_image_takes_its_versions_from_the_constraints():
+    (pattern,) = re.findall(r"grep -E '(.*?)'", TEXT)
+    found = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if re.match(pattern, line)]
+    assert [line.split("==")[0] for line in found] == ["boto3", "mlflow", "psycopg", "psycopg-binary"]
+
+
+def test_image_context_is_the_code_and_its_versions():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    named = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    packages = {name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    assert packages | {"pyproject.toml", "constraints.txt"} <= named
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_job_upload_is_the_code_alone():
+    from ray._private.runtime_env.packaging import _dir_travel
+
+    paths: list[Path] = []
+    _dir_travel(ROOT, [], paths.append, include_gitignore=True)
+    found = [path.relative_to(ROOT).as_posix() for path in paths if path.is_file()]
+    size = sum((ROOT / file).stat().st_size for file in found)
+    assert {"yan_core/model.py", "pipelines/cli.py", "serve/app.py", "pipelines/configs/world.yaml"} <= set(found)
+    assert not [file for file in found if file.split("/")[0] in ("tests", "docs", "clusters", ".git", "runs", ".venv")]
+    assert size < 2 * 2**20

@@ -1,0 +1,125 @@
+"""Cluster files of `ray up`."""
+
+import copy
+import re
+import shlex
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.clusters.checks import CLUSTERS, ROOT, launcher, written
+
+FILES = ["aws", "gcp", "on_premises"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTERS / "launcher" / f"{name}.yaml").read_text())
+
+
+def nodes(name: str) -> dict[str, dict[str, Any]]:
+    return load(name)["available_node_types"]
+
+
+def start_options(name: str, command: str) -> dict[str, str]:
+    """The options of `ray start` in a start command."""
+    (line,) = (line for line in load(name)[command] if "ray start" in line)
+    words = [word for word in shlex.split(line) if word.startswith("--")]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "message"),
+    [
+        ("aws", ["max_worker"], 3, "Additional properties are not allowed"),
+        ("aws", ["max_workers"], -1, "minimum"),
+        ("aws", ["head_node_type"], "heads", "head_node_type"),
+        ("aws", ["available_node_types", "gpu_spot", "min_workers"], 99, "smaller than the sum"),
+        ("aws", ["available_node_types", "head", "node_config", "InstanceTyp"], "m7i.xlarge", "Unknown parameter"),
+        ("aws", ["available_node_types", "head", "node_config", "ImageId"], 3, "Invalid type for parameter ImageId"),
+        ("gcp", ["available_node_types", "cpu_spot", "node_config", "scheduling"], [{"preemptible": True}], "object"),
+        ("gcp", ["available_node_types", "head", "node_config", "machinetype"], "n2", "no field 'machinetype'"),
+        ("gcp", ["available_node_types", "head", "node_config", "disks", 0, "type"], "SSD", "must be one of"),
+        ("on_premises", ["provider", "worker_ips"], "gpu-1", "is not of type 'array'"),
+    ],
+)
+def test_checker_finds_wrong_fields(name: str, keys: list[Any], value: Any, message: str):
+    config = copy.deepcopy(load(name))
+    place: Any = config
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (error,) = launcher(written(config))[:1]
+    assert message in error
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_head_has_no_gpu_and_takes_no_work(name: str):
+    config = load(name)
+    assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+
+
+def test_workers_on_clouds_are_spot_with_one_gpu_and_limits():
+    assert nodes("aws")["gpu_spot"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert nodes("gcp")["gpu_spot"]["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    for name in ("aws", "gcp"):
+        gpu = nodes(name)["gpu_spot"]
+        assert gpu["resources"]["GPU"] == 1
+        assert (gpu["min_workers"], load(name)["max_workers"]) == (0, 12)
+        assert sum(node.get("max_workers", 0) for node in nodes(name).values()) <= load(name)["max_workers"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_token_authentication_is_on_at_every_node(name: str):
+    config = load(name)
+    assert config["file_mounts"]["~/.ray"] == "~/.yan/auth"
+    mode = "RAY_AUTH_MODE=token"
+    if "docker" in config:
+        assert f"--env {mode}" in config["docker"]["run_options"]
+    else:
+        starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+        assert all(mode in line for line in starts if "ray start" in line)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_dashboard_listens_on_the_head_alone(name: str):
+    assert start_options(name, "head_start_ray_commands")["dashboard-host"] == "127.0.0.1"
+
+
+def test_nodes_on_clouds_have_no_public_address_and_no_metadata_without_token():
+    for node in nodes("aws").values():
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(disk["Ebs"]["Encrypted"] for disk in node["node_config"]["BlockDeviceMappings"])
+        assert node["node_config"]["SecurityGroupIds"], "Ray's own security group opens port 22 to all"
+    for node in nodes("gcp").values():
+        assert all("accessConfigs" not in interface for interface in node["node_config"]["networkInterfaces"])
+    assert load("aws")["provider"]["use_internal_ips"] and load("gcp")["provider"]["use_internal_ips"]
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_object_store_fits_into_shared_memory_and_spills_to_a_mounted_disk(name: str, kind: str):
+    options = start_options(name, f"{kind}_start_ray_commands")
+    docker = load(name)["docker"]
+    (shm,) = (re.fullmatch(r"--shm-size=(\d+)g", o) for o in docker[f"{kind}_run_options"] if "shm" in o)
+    assert shm is not None
+    assert int(options["object-store-memory"]) < int(shm[1]) * 2**30
+    assert f"--volume /mnt/spill:{options['object-spilling-directory']}" in " ".join(docker["run_options"])
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_images_are_of_this_version(name: str):
+    docker = load(name)["docker"]
+    assert docker["image"].endswith(f":{PROJECT['version']}-cuda")
+    assert docker["head_image"].endswith(f":{PROJECT['version']}-cpu")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_ray_start_knows_every_option(name: str, kind: str):
+    from ray.scripts.scripts import start
+
+    known = {flag.removeprefix("--") for option in start.params for flag in option.opts}
+    assert set(start_options(name, f"{kind}_start_ray_commands")) <= known

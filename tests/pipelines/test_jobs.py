@@ -1,0 +1,242 @@
+"""`yan submit`, `yan jobs` and `yan stop`: what they refuse, what they send, and a job on a real head."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import jobs
+from pipelines.cli import UsageError, main, parse_config
+from pipelines.jobs import STOP_WAIT_S
+from tests.clusters.conftest import free_port
+from yan_core.config import RunConfig, from_dict
+from yan_core.training import TrainingFailed
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "pipelines/configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(address: str | None) -> None:
+        raise AssertionError("a cluster was asked")
+
+    monkeypatch.setattr(jobs, "connect", asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lr", "3"], "optim"),
+        (["--stages.flow.maxsteps", "3"], "Did you mean stages.flow.max_steps"),
+        (["--scaling.num_workers", "3"], "scaling.num_workers=3 must divide"),
+        (["--config", "nowhere.yaml"], "no file 'nowhere.yaml'"),
+        ([], "runs_dir=runs: a job needs absolute paths"),
+        (["--runs_dir", "/runs", "--init_from", "runs/world/model"], "init_from=runs/world/model"),
+        (["--runs_dir", "/runs", "--env", "YAN_NO_SUCH"], "--env YAN_NO_SUCH"),
+    ],
+)
+def test_mistake_is_found_before_a_cluster_is_asked(nobody_is_asked, capsys, arguments: list[str], message: str):
+    given = [] if "--config" in arguments else ["--config", str(ROOT / "pipelines/configs/world.yaml")]
+    assert main(["submit", "--address", "http://127.0.0.1:1", *given, *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_upload_that_is_too_large_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"would upload [\d.]+ MB, more than 0.01; the largest files are \w+/"):
+        with jobs.packed(RunConfig(), 10_000):
+            pass
+
+
+def test_data_set_of_relative_files_is_refused():
+    settings = {
+        "runs_dir": "/runs",
+        "data": {
+            "dataset": "own",
+            "datasets": {"own": {"format": "jsonl", "train": "t.jsonl", "validation": "v.jsonl"}},
+        },
+    }
+    with pytest.raises(UsageError, match="data.datasets.own.train="):
+        jobs.check_paths(from_dict(RunConfig, settings))
+    settings["data"]["root"] = "s3://bucket/data"
+    jobs.check_paths(from_dict(RunConfig, settings))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_config_that_is_sent_is_the_one_that_was_given(file: Path, tmp_path: Path):
+    if "variants" in file.parts:
+        pytest.skip("a part of a config, for yan compare")
+    config = parse_config("submit", ["--config", str(file)])
+    with jobs.packed(config, 20_000_000) as (folder, size):
+        assert parse_config("run", ["--config", str(folder / jobs.CONFIG)]) == config
+        assert 100_000 < size < 2_000_000
+        assert {path.name for path in folder.iterdir()} == {"yan_core", "pipelines", "serve", "job.yaml"}
+        assert not [path for path in folder.rglob("*") if "__pycache__" in path.parts]
+
+
+def test_environment_is_what_was_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    variables = jobs.environment(["HF_TOKEN", "A=b=c"])
+    assert variables.pop("YAN_COMMIT")
+    assert variables == {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "HF_TOKEN": "secret",
+        "A": "b=c",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+    }
+
+
+@pytest.mark.parametrize(
+    ("log", "link"),
+    [
+        ("x\nMLflow run: abc at http://mlflow:5000/\ny", "http://mlflow:5000/#/runs/abc"),
+        ("MLflow run: abc at sqlite:////runs/mlflow.db\n", "abc at sqlite:////runs/mlflow.db"),
+        ("nothing", ""),
+    ],
+)
+def test_mlflow_run_is_read_off_the_log(log: str, link: str):
+    assert jobs.mlflow_link(log) == link
+
+
+def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # left as it was by monkeypatch
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["jobs", "--address", f"http://127.0.0.1:{free_port()}"]) == 1
+    assert re.fullmatch(r"yan jobs: no Ray answers at http://127.0.0.1:\d+: .*\n", capsys.readouterr().err)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    assert main(["jobs"]) == 2
+    assert "--address is missing" in capsys.readouterr().err
+
+
+def test_worker_with_another_copy_of_the_code_stops_the_run(monkeypatch: pytest.MonkeyPatch):
+    from pipelines import train
+
+    context = types.SimpleNamespace(get_world_rank=lambda: 1)
+    monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
+    with pytest.raises(
+        TrainingFailed, match="worker 1 runs another copy of yan_core .* than the driver .0123456789ab."
+    ):
+        train.train_loop({"code": "0123456789ab"})
+
+
+# --- on a real head ---------------------------------------------------------------------------------------------------
+
+on_a_head = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[str, dict[str, str]]]:
+    """Address of a Ray head of the test's own that wants a token, and the environment that has it."""
+    with tempfile.TemporaryDirectory(prefix="yan") as home:
+        token = Path(home, "auth_token")
+        token.write_text("0123456789abcdef" * 2)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+        binaries = str(Path(sys.executable).parent)
+        # The job's `python` is ours, with its packages; its code is what was uploaded.
+        variables |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": ""}
+        dashboard = free_port()
+        ports = {
+            "port": free_port(),
+            "ray-client-server-port": free_port(),
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": free_port(),
+        }
+        options = [f"--{name}={port}" for name, port in ports.items()]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
+        log = Path(home, "log")
+        with log.open("w") as out:
+            ray = subprocess.Popen(
+                [
+                    *command,
+                    *options,
+                    "--object-store-memory=200000000",
+                    f"--temp-dir={home}/r",
+                ],
+                env=variables,
+                stdout=out,
+                stderr=out,
+            )
+            try:
+                address = f"http://127.0.0.1:{dashboard}"
+                deadline = time.monotonic() + 180
+                while yan(["jobs", "--address", address], variables).returncode:
+                    assert ray.poll() is None and time.monotonic() < deadline, log.read_text()
+                    time.sleep(2)
+                yield address, variables
+            finally:
+                ray.terminate()
+                ray.wait(60)
+
+
+def yan(arguments: list[str], variables: dict[str, str], timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout_s)
+
+
+class TestOnAHead:
+    pytestmark = on_a_head
+
+    @pytest.fixture
+    def config(self, tiny_settings: dict, tmp_path: Path) -> Path:
+        world = {"format": "world", "num_train": 400, "num_validation": 40}
+        scaling = {"num_workers": 1, "max_failures": 0}
+        data = {**tiny_settings["data"], "datasets": {"small": world}}
+        settings = {**tiny_settings, "data": data, "runs_dir": str(tmp_path / "runs"), "scaling": scaling}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        return tmp_path / "config.yaml"
+
+    def test_job_runs_is_followed_and_listed(self, head, config: Path):
+        address, variables = head
+        words = ["submit", "--address", address, "--command", "train", "--config", str(config)]
+        done = yan(words, variables)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert re.search(r"^upload: \d+ files, [01]\.\d\d MB; environment: YAN_COMMIT", done.stdout, flags=re.M)
+        assert "training: done in" in done.stdout
+        assert re.search(r"^job \S+: SUCCEEDED; MLflow run: \w{32} at sqlite:", done.stdout, flags=re.M)
+        assert (config.parent / "runs/tiny/stages/finetune").is_dir()
+        listed = yan(["jobs", "--address", address], variables).stdout.splitlines()
+        assert re.match(r"JOB +STATUS +RUN +STARTED +TIME +COMMIT", listed[0])
+        assert re.match(r"raysubmit_\S+ +SUCCEEDED +tiny +2", listed[1])
+
+    def test_code_of_a_job_that_fails_is_ours(self, head, config: Path):
+        address, variables = head
+        absent = {"format": "jsonl", "train": "/nowhere/t.jsonl", "validation": "/nowhere/v.jsonl"}
+        settings = yaml.safe_load(config.read_text())
+        settings["data"]["datasets"]["small"] = absent
+        config.write_text(yaml.safe_dump(settings))
+        done = yan(["submit", "--address", address, "--command", "prepare", "--config", str(config)], variables)
+        assert done.returncode == 1, done.stdout[-3000:]
+        assert "no file at /nowhere/t.jsonl" in done.stdout
+        assert re.search(r"^job \S+: FAILED$", done.stdout, flags=re.M)
+
+    def test_job_that_is_stopped_saves_a_checkpoint(self, head, config: Path):
+        address, variables = head
+        words = ["submit", "--address", address, "--config", str(config), "--stages.finetune.max_steps", "100000"]
+        started = yan([*words, "--command", "train", "--no-wait", "--name", "long"], variables)
+        (job,) = re.findall(r"^job: (\S+);", started.stdout, flags=re.M)
+        folder = config.parent / "runs/long"
+        deadline = time.monotonic() + 300
+        while not (folder / "stages/flow").is_dir():
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        time.sleep(5)
+        stopped = yan(["stop", job, "--address", address], variables)
+        assert stopped.stdout == f"{job}: STOPPED\n"
+        assert list((folder / "checkpoints/training").glob("checkpoint_*/checkpoint.json"))
+
+    def test_caller_without_the_token_is_told_so(self, head):
+        address, variables = head
+        without = {**variables, "RAY_AUTH_MODE": "disabled"}
+        done = yan(["jobs", "--address", address], without)
+        assert done.returncode == 1
+        assert "wants a token: set RAY_AUTH_MODE=token" in done.stderr
