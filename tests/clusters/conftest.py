@@ -2,8 +2,10 @@
 
 import os
 import pwd
+import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,19 +20,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgresql() -> Iterator[str]:
     """USER:PASSWORD@HOST:PORT/NAME of an empty database that asks for the password as PostgreSQL does by default."""
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not versions:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     home = versions[-1].parent
-    folder = tmp_path_factory.mktemp("postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="yan-postgresql-"))  # pytest closes its own folders to other users
     user = None
     if os.getuid() == 0:  # PostgreSQL refuses to run as root; the package has made a user
         user = pwd.getpwnam("postgres").pw_uid
         os.chown(folder, user, -1)
-        for parent in folder.parents[:2]:  # pytest's own, closed to others
-            parent.chmod(parent.stat().st_mode | 0o011)
 
     password = "0123456789abcdef"
     secret = folder / "password"
@@ -52,3 +52,4 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"mlflow:{password}@127.0.0.1:{port}/mlflow"
     finally:
         call(str(home / "pg_ctl"), "-D", f"{folder}/data", "-m", "immediate", "-w", "stop")
+        shutil.rmtree(folder)
