@@ -62,9 +62,17 @@ class Task:
         Raises:
             ValueError: If a field is missing, null, not text or blank; the message names it.
         """
+        return self.ask(row), self.answers(row)[0]
+
+    def ask(self, row: Mapping[str, Any]) -> str:
+        """Source of a row whose answer is not known, as a request has it.
+
+        Raises:
+            ValueError: As `pair`.
+        """
         for name in self.source_fields:
             _check_text(row, name)
-        return self.source.format_map(row), self.answers(row)[0]
+        return self.source.format_map(row)
 
     def answers(self, row: Mapping[str, Any]) -> list[str]:
         """Every right answer of a row, any of which counts; the first is the target that is trained on.
@@ -171,8 +179,21 @@ class InfillingTask(TextTask):
         count = min(1 + int.from_bytes(digest[:4], "little") % self.max_words, len(words) - 1)
         start = int.from_bytes(digest[4:], "little") % (len(words) - count + 1)
         end = start + count
-        before, after = words[max(0, start - self.context_words) : start], words[end : end + self.context_words]
-        return " ".join([*before, MASK, *after]), " ".join(words[start:end])
+        return self._around(words[:start], words[end:]), " ".join(words[start:end])
+
+    def ask(self, row: Mapping[str, Any]) -> str:
+        """Source of a text that has its mask already.
+
+        Raises:
+            ValueError: As `Task.pair`, and on a text that does not have one mask.
+        """
+        parts = super().ask(row).split(MASK)
+        if len(parts) != 2:
+            raise ValueError(f"field {self.target!r} must have {MASK} once, where words are missing")
+        return self._around(parts[0].split(), parts[1].split())
+
+    def _around(self, before: list[str], after: list[str]) -> str:
+        return " ".join([*before[-self.context_words :], MASK, *after[: self.context_words]])
 
     def whole(self, source: str, answer: str) -> str:
         """The source with the answer in the place of its mask."""

@@ -99,6 +99,25 @@ def test_another_tasks_answers_are_none_of_this_ones() -> None:
     assert task.answers(row) == [task.pair(row)[1]]
 
 
+def test_a_source_is_made_without_an_answer() -> None:
+    row = {"context": "Mary is here.", "question": "Where is {Mary}?"}
+    assert get_task("question_answering").ask(row) == get_task("question_answering").pair(ROW)[0]
+    with pytest.raises(ValueError, match="field 'question' is missing"):
+        get_task("question_answering").ask({"context": "Mary is here."})
+    assert get_task("last_word").ask({"text": "She went"}) == "She went"
+
+
+def test_a_text_with_a_mask_is_read_as_training_read_it() -> None:
+    task = get_task("infilling")
+    words = [f"w{i}" for i in range(300)]
+    source, answer = task.pair({"text": " ".join(words)})
+    assert task.ask({"text": " ".join(words).replace(answer, MASK, 1)}) == source
+    assert task.ask({"text": f"She went{MASK}  home"}) == f"She went {MASK} home"
+    for text in ("no mask", f"{MASK} and {MASK}"):
+        with pytest.raises(ValueError, match=f"field 'text' must have {MASK} once"):
+            task.ask({"text": text})
+
+
 # --- parts of one text ------------------------------------------------------------------------------------------------
 
 
