@@ -36,7 +36,7 @@ def disagreement(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("disagreement", "{message}", {"param": param, "message": message})
 
 
-Readable = Annotated[str, AfterValidator(readable)]
+Readable = Annotated[str, AfterValidator(readable), Field(json_schema_extra={"pattern": r"\S"})]
 """Text in Unicode that is not blank."""
 NumSteps = Annotated[int, Field(ge=1, le=64)]
 """Solver steps."""
@@ -90,7 +90,14 @@ class AppArgs(BaseModel):
 class GenerateRequest(BaseModel):
     """A text to answer."""
 
-    model_config = STRICT
+    model_config = STRICT | ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
+                for one, other in (("source", "fields"), ("fields", "source"))
+            ]
+        }
+    )
 
     source: Readable | None = None
     """Text as the model's task template makes it; else give `fields`."""

@@ -406,13 +406,17 @@ def test_metrics_count_what_was_done(start):
 # --- the description of the API ---------------------------------------------------------------------------------------
 
 
-def test_the_openapi_page_describes_every_refusal_and_no_other(client):
+def test_the_openapi_page_describes_every_refusal_and_no_other(start, client):
     paths = client.get("/openapi.json").json()["paths"]
     ours = {"200", "401", "404", "408", "413", "422", "429", "500", "503"}
     assert set(paths["/v1/generate"]["post"]["responses"]) == ours
     assert set(paths["/v1/completions"]["post"]["responses"]) == (ours - {"422"}) | {"400", "default"}
     assert set(paths["/readyz"]["get"]["responses"]) == {"200", "503"}
-    assert paths["/v1/generate"]["post"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in paths["/v1/generate"]["post"]
+    keyed = start(keys={"ann": "0" * 64}).get("/openapi.json").json()["paths"]
+    for path, method in (("/v1/generate", "post"), ("/v1/completions", "post"), ("/metrics", "get")):
+        assert keyed[path][method]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in keyed["/healthz"]["get"]
     assert "HTTPValidationError" not in json.dumps(client.get("/openapi.json").json())
     assert client.get("/docs").status_code == 200
 
