@@ -8,13 +8,15 @@ few (CUDA graphs want that), and a budget of tokens, so that long texts make sma
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-from serve.engine import Job
+from serve.engine import Job, Kind
 from serve.errors import Overloaded
 from yan_core.generator import Drawn
 
@@ -75,7 +77,9 @@ class Batcher:
         self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
         self._waiting: dict[_Waiting, None] = {}  # in order of arrival, and any one is taken out at once
         self._running: list[_Waiting] = []
-        self._seconds_per_work = 0.0
+        self._kinds: Counter[Kind] = Counter()  # of those that wait
+        self._started = 0.0
+        self._seconds_per_pass = 0.0
 
     @property
     def queued(self) -> int:
@@ -84,9 +88,22 @@ class Batcher:
 
     @property
     def expected_wait_s(self) -> float:
-        """How long a new job will wait, by the speed of the latest batches."""
-        work = sum(entry.job.work for part in (self._waiting, self._running) for entry in part)
-        return work * self._seconds_per_work
+        """How long a new job will wait, by the speed of the latest batches.
+
+        By trunk passes and not by tokens: a pass over few tokens takes about as long as one over some more.
+        """
+        passes = sum(-(-count // self._capacity(kind)) * kind.nfe for kind, count in self._kinds.items())
+        wait_s = passes * self._seconds_per_pass
+        if self._running:
+            whole_s = self._running[0].job.kind.nfe * self._seconds_per_pass
+            wait_s += max(0.0, whole_s - (time.perf_counter() - self._started))
+        return wait_s
+
+    def _capacity(self, kind: Kind) -> int:
+        """Most jobs of a batch."""
+        if kind.settings.deterministic:
+            return 1
+        return max(1, min(self.max_batch_size, self.max_batch_tokens // kind.tokens))
 
     def submit(self, jobs: Sequence[Job], timeout_s: float) -> Ticket:
         """Put jobs of one request into the queue, all of them or none.
@@ -114,6 +131,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         entries = [_Waiting(job, loop.create_future()) for job in jobs]
         self._waiting.update(dict.fromkeys(entries))
+        self._kinds.update(job.kind for job in jobs)
         loop.call_soon(self._start)  # not at once: what else arrives in this turn of the loop goes along
         return Ticket(self, entries, loop.time() + timeout_s)
 
@@ -123,27 +141,25 @@ class Batcher:
             return
         batch = self._running = self._next()
         jobs = [entry.job for entry in batch]
-        begun = time.perf_counter()
+        self._started = begun = time.perf_counter()
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, jobs)
         future.add_done_callback(lambda future: self._finish(batch, begun, future))
 
     def _next(self) -> list[_Waiting]:
-        """The oldest job, and those that fit to it."""
-        first = next(iter(self._waiting)).job
-        limit = 1 if first.settings.deterministic else self.max_batch_size
-        batch: list[_Waiting] = []
-        tokens = 0
-        for entry in self._waiting:
-            job = entry.job
-            if job.settings != first.settings or job.bucket != first.bucket:
-                continue
-            tokens += job.tokens
-            if len(batch) == limit or (batch and tokens > self.max_batch_tokens):
-                break
-            batch.append(entry)
+        """The oldest job, and those of its kind."""
+        kind = next(iter(self._waiting)).job.kind
+        fit = (entry for entry in self._waiting if entry.job.kind == kind)
+        batch = list(itertools.islice(fit, self._capacity(kind)))
         for entry in batch:
-            del self._waiting[entry]
+            self._take_out(entry)
         return batch
+
+    def _take_out(self, entry: _Waiting) -> None:
+        if entry in self._waiting:
+            del self._waiting[entry]
+            self._kinds[entry.job.kind] -= 1
+            if not self._kinds[entry.job.kind]:
+                del self._kinds[entry.job.kind]
 
     def _timed(self, jobs: Sequence[Job]) -> tuple[list[Drawn | Exception], float]:
         begun = time.perf_counter()
@@ -155,7 +171,8 @@ class Batcher:
         self._running = []
         self._start()  # first, as the model waits and the answers do not
         answers, draw_s = future.result()
-        self._learn(batch, draw_s)
+        if any(isinstance(answer, Drawn) for answer in answers):  # else it ended early
+            self._learn(draw_s / batch[0].job.kind.nfe)
         self._observe([entry.job for entry in batch], draw_s)
         for entry, answer in zip(batch, answers, strict=True):
             if entry.done.done():
@@ -165,18 +182,17 @@ class Batcher:
             else:
                 entry.done.set_exception(answer)
 
-    def _learn(self, batch: list[_Waiting], draw_s: float) -> None:
+    def _learn(self, seconds_per_pass: float) -> None:
         """Take a batch into the speed that waits are told by."""
-        latest = draw_s / sum(entry.job.work for entry in batch)
-        before = self._seconds_per_work or latest
-        self._seconds_per_work = before + 0.2 * (latest - before)
+        before = self._seconds_per_pass or seconds_per_pass
+        self._seconds_per_pass = before + 0.2 * (seconds_per_pass - before)
 
     def drop(self, entries: Sequence[_Waiting]) -> None:
         """Forget jobs that nobody waits for; a batch of such jobs alone stops at its next step."""
         for entry in entries:
             entry.job.cancelled = True
             entry.done.cancel()
-            self._waiting.pop(entry, None)
+            self._take_out(entry)
 
 
 class Ticket:

@@ -53,11 +53,29 @@ class Settings:
     follow: bool = False
     with_log_probs: bool = False
 
-    @property
+
+@dataclass(frozen=True)
+class Kind:
+    """What all jobs of a batch have in common, and what follows from it.
+
+    Attributes:
+        settings: How to draw.
+        bucket: Length up to which sources are padded at most, in tokens.
+    """
+
+    settings: Settings
+    bucket: int
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that a job adds to its batch, padding included."""
+        return self.bucket + self.settings.max_tokens * self.settings.num_candidates
+
+    @cached_property
     def nfe(self) -> int:
-        """Trunk passes of each candidate."""
-        times = evaluation_times(time_grid(self.num_steps), self.method)
-        return len(times) * (1 if self.guidance_scale == 1.0 else 2)
+        """Trunk passes of a batch."""
+        times = evaluation_times(time_grid(self.settings.num_steps), self.settings.method)
+        return len(times) * (1 if self.settings.guidance_scale == 1.0 else 2)
 
 
 @dataclass(eq=False)
@@ -80,19 +98,10 @@ class Job:
     cancelled: bool = False
 
     @cached_property
-    def bucket(self) -> int:
-        """Length up to which its batch is padded at most, in tokens."""
-        return max(SMALLEST_BUCKET, 2 ** (max(1, len(self.encoding.ids)) - 1).bit_length())
-
-    @cached_property
-    def tokens(self) -> int:
-        """Tokens it adds to its batch, padding included."""
-        return self.bucket + self.settings.max_tokens * self.settings.num_candidates
-
-    @cached_property
-    def work(self) -> int:
-        """Tokens times trunk passes: what its time goes with."""
-        return self.tokens * self.settings.nfe
+    def kind(self) -> Kind:
+        """Which jobs it can share a batch with: those of the same kind."""
+        length = max(1, len(self.encoding.ids))
+        return Kind(self.settings, max(SMALLEST_BUCKET, 2 ** (length - 1).bit_length()))
 
 
 class Cancelled(Exception):
@@ -153,7 +162,7 @@ class Engine:
         settings = Settings(num_steps, self.generator.max_target_tokens)
         (long,) = self.generator.encode(["? " * self.generator.max_source_tokens])
         (short,) = self.generator.encode(["?"])
-        fit = max(1, min(self.max_batch_size, self.max_batch_tokens // Job(long, 0, settings).tokens))
+        fit = max(1, min(self.max_batch_size, self.max_batch_tokens // Job(long, 0, settings).kind.tokens))
         for encodings in ([short], [long] * fit):
             answer = self.draw([Job(encoding, 0, settings) for encoding in encodings])[0]
             if isinstance(answer, Exception):
