@@ -254,6 +254,10 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
+SERVE_ARGS = ("api_keys_file", "requests_per_minute", "access_log", "log_prompts", "deterministic")
+"""Arguments of the app that `yan serve` passes on where they are given."""
+
+
 def _serve(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan serve", description="Serve a model over HTTP until interrupted.")
     parser.add_argument("--model", required=True, help="model folder or models:/name@alias")
@@ -266,8 +270,15 @@ def _serve(args: list[str]) -> int:
         "--address", default=None, help="Ray cluster to serve on; default: RAY_ADDRESS, else a local one"
     )
     parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
+    more = parser.add_argument_group("more", argument_default=argparse.SUPPRESS)  # the defaults are in AppArgs
+    more.add_argument("--api-keys", dest="api_keys_file", metavar="FILE", help="who may ask: see docs/SERVING.md")
+    more.add_argument("--requests-per-minute", type=int, help="most requests of a key to a replica")
+    more.add_argument("--access-log", metavar="FILE", help="one JSON line a request; default: with Ray's logs")
+    more.add_argument("--log-prompts", action="store_true", help="the access log holds what was asked")
+    more.add_argument("--deterministic", action="store_true", help="the same text to the last bit in any company")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "replicas", "port")
+    given = {key: value for key, value in vars(chosen).items() if key in SERVE_ARGS}
     import importlib
 
     # Named as strings: pipelines never imports serve but here.
@@ -278,6 +289,7 @@ def _serve(args: list[str]) -> int:
         num_steps=chosen.num_steps,
         tracking_uri=chosen.tracking_uri or _default_registry(),
         use_gpu=chosen.gpu,
+        **given,
     )
     launch.serve_blocking(app_args, chosen.host, chosen.port, chosen.address)
     return 0

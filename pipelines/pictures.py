@@ -18,7 +18,7 @@ from yan_core.model import YanModel
 from yan_core.moe import scope_length
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.path import straight_path
-from yan_core.solver import FrozenExpertField, evaluation_times, time_grid
+from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
 from yan_core.tasks import get_task
 from yan_core.tokenization import Tokenizer
 
@@ -72,9 +72,7 @@ def follow(folder: Path, rows: Sequence[dict[str, Any]], num_steps: int = 8) -> 
     uniforms = uniform(keys, Stream.EXPERT, (scopes,))
     field = FrozenExpertField(model.flow, source, evaluation_times(grid), None, uniforms=uniforms)
     points = [x]
-    for i in range(num_steps):
-        x = x + (grid[i + 1] - grid[i]) * field(x, i)
-        points.append(x)
+    solve(field, x, grid, on_step=lambda _, reached: points.append(reached))
     assert field.expert is not None
     return Journey(torch.stack(points), x_1, field.expert, real, model.config.num_experts)
 

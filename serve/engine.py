@@ -1,34 +1,122 @@
-"""Checkpoint, sampler and batching of one replica; knows nothing of HTTP."""
+"""Checkpoint and sampler of one model; knows nothing of HTTP."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 import yan_core
-from serve.schemas import FieldError, GenerateRequest, must_be
-from yan_core.generator import Generation
+from serve.errors import FieldError, must_be
+from yan_core.config import Method, Ranking
+from yan_core.generator import Candidate, Drawn
+from yan_core.model import YanModel
+from yan_core.solver import evaluation_times, time_grid
+from yan_core.tokenization import Encoding
 
 logger = logging.getLogger(__name__)
 
 FAILURES_ALLOWED = 3
 """Batches in a row that may fail altogether before the engine calls itself broken (a lost GPU answers nothing more)."""
+SMALLEST_BUCKET = 16
+"""Sources are batched with others of about their length: up to 16 tokens, up to 32, up to 64, ..."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; the requests of one batch share them all.
+
+    Attributes:
+        num_steps: Solver steps.
+        max_tokens: Places of an answer.
+        method: ODE solver.
+        guidance_scale: Classifier-free guidance, 1 is none.
+        num_candidates: Answers drawn for each source.
+        ranking: How the best of them is found.
+        deterministic: Compute each source by itself, so that rounding too is the same in any company.
+        follow: Read the text after every solver step.
+        with_log_probs: Give the tokens' log-probabilities.
+    """
+
+    num_steps: int
+    max_tokens: int
+    method: Method = "euler"
+    guidance_scale: float = 1.0
+    num_candidates: int = 1
+    ranking: Ranking = "bayes_risk"
+    deterministic: bool = False
+    follow: bool = False
+    with_log_probs: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all jobs of a batch have in common, and what follows from it.
+
+    Attributes:
+        settings: How to draw.
+        bucket: Length up to which sources are padded at most, in tokens.
+    """
+
+    settings: Settings
+    bucket: int
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that a job adds to its batch, padding included."""
+        return self.bucket + self.settings.max_tokens * self.settings.num_candidates
+
+    @cached_property
+    def nfe(self) -> int:
+        """Trunk passes of a batch."""
+        times = evaluation_times(time_grid(self.settings.num_steps), self.settings.method)
+        return len(times) * (1 if self.settings.guidance_scale == 1.0 else 2)
+
+
+@dataclass(eq=False)
+class Job:
+    """One source to draw answers for.
+
+    Attributes:
+        encoding: Its token ids.
+        seed: Of its noise.
+        settings: How to draw.
+        on_step: Given the number of steps done and the candidates as they are read by then, where settings.follow;
+            called in the thread that draws.
+        cancelled: Whether nobody waits for the answer any more.
+    """
+
+    encoding: Encoding
+    seed: int
+    settings: Settings
+    on_step: Callable[[int, list[Candidate]], None] | None = None
+    cancelled: bool = False
+
+    @cached_property
+    def kind(self) -> Kind:
+        """Which jobs it can share a batch with: those of the same kind."""
+        length = max(1, len(self.encoding.ids))
+        return Kind(self.settings, max(SMALLEST_BUCKET, 2 ** (length - 1).bit_length()))
+
+
+class Cancelled(Exception):
+    """Nobody waits for any answer of the batch."""
 
 
 class Engine:
-    """A loaded model that answers batches of requests."""
+    """A loaded model that draws answers for batches of sources."""
 
     def __init__(
         self,
         folder: str | Path,
         *,
-        num_steps: int = 3,
         max_batch_size: int = 32,
+        max_batch_tokens: int = 16_384,
         max_source_chars: int = 20_000,
         device: str = "cpu",
     ) -> None:
@@ -36,8 +124,9 @@ class Engine:
 
         Args:
             folder: Written by `yan_core.checkpoint.save_pretrained`.
-            num_steps: Solver steps of a request that names none.
-            max_batch_size: Most requests of a batch.
+            max_batch_size: Most sources of a batch.
+            max_batch_tokens: Most tokens of a batch, sources with their padding and all candidates together; of a
+                request too.
             max_source_chars: Longest source, in characters.
             device: Where the model runs; on a GPU in bfloat16 and by CUDA graphs.
 
@@ -47,8 +136,8 @@ class Engine:
         on_gpu = torch.device(device).type == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
         self.generator = yan_core.load(folder, device, dtype, use_graphs=on_gpu)
-        self.num_steps, self.max_batch_size, self.max_source_chars = num_steps, max_batch_size, max_source_chars
-        self.max_tokens = self.generator.most_tokens
+        self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
+        self.max_source_chars = max_source_chars
         self._warm = False
         self._failures = 0
 
@@ -57,8 +146,11 @@ class Engine:
         """Whether a generation has worked and the latest ones did not all fail."""
         return self._warm and self._failures < FAILURES_ALLOWED
 
-    def warm_up(self) -> float:
-        """Generate once for a lone short request and once for a full batch of long ones.
+    def warm_up(self, num_steps: int) -> float:
+        """Draw once for a lone short source and once for a full batch of long ones.
+
+        Args:
+            num_steps: Solver steps, as most requests will have them.
 
         Returns:
             Seconds it took.
@@ -67,65 +159,109 @@ class Engine:
             RuntimeError: If a generation fails; its cause is attached.
         """
         started = time.perf_counter()
-        longest = "? " * self.generator.max_source_tokens
-        for sources in (["?"], [longest[: self.max_source_chars]] * self.max_batch_size):
-            answer = self.generate([GenerateRequest(source=source) for source in sources])[0]
+        settings = Settings(num_steps, self.generator.max_target_tokens)
+        (long,) = self.generator.encode(["? " * self.generator.max_source_tokens])
+        (short,) = self.generator.encode(["?"])
+        fit = max(1, min(self.max_batch_size, self.max_batch_tokens // Job(long, 0, settings).kind.tokens))
+        for encodings in ([short], [long] * fit):
+            answer = self.draw([Job(encoding, 0, settings) for encoding in encodings])[0]
             if isinstance(answer, Exception):
                 raise RuntimeError(
-                    f"the model was loaded, but a test generation of batch size {len(sources)} failed: "
+                    f"the model was loaded, but a test generation of batch size {len(encodings)} failed: "
                     f"{type(answer).__name__}: {answer}"
                 ) from answer
         self._warm = True
         return time.perf_counter() - started
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, sources: Sequence[str], settings: Settings, param: str = "source") -> None:
         """Refuse what this model cannot do, before any work.
+
+        Args:
+            sources: Texts.
+            settings: How to draw for them.
+            param: What the request calls the sources.
 
         Raises:
             FieldError: Naming the field and what is allowed.
         """
-        if len(request.source) > self.max_source_chars:
+        longest = max(map(len, sources))
+        if longest > self.max_source_chars:
             allowed = f"text of at most {self.max_source_chars} characters"
-            raise FieldError("source", f"source must be {allowed}, got {len(request.source)} characters", allowed)
-        if request.max_tokens is not None and request.max_tokens > self.max_tokens:
-            raise must_be("max_tokens", f"a whole number in [1, {self.max_tokens}]", request.max_tokens)
+            raise FieldError(param, f"{param} must be {allowed}, got {longest} characters", allowed)
+        most = self.generator.most_tokens
+        if settings.max_tokens > most:
+            raise must_be("max_tokens", f"a whole number in [1, {most}]", settings.max_tokens)
+        model = self.generator.model
+        if not isinstance(model, YanModel):
+            usual = Settings(settings.num_steps, settings.max_tokens, ranking=settings.ranking)
+            for name in ("method", "guidance_scale", "num_candidates", "follow", "with_log_probs"):
+                if getattr(settings, name) != getattr(usual, name):
+                    told = {"follow": "trajectory", "with_log_probs": "logprobs"}.get(name, name)
+                    raise FieldError(
+                        told, f"{told} is for YAN alone, and this model is a baseline that answers greedily"
+                    )
+        elif model.config.prediction == "endpoint" and settings.method == "heun":
+            raise must_be("method", "euler or midpoint for this model, which has no velocity at t = 1", "heun")
+        tokens = len(sources) * (self.generator.max_source_tokens + settings.max_tokens * settings.num_candidates)
+        if tokens > self.max_batch_tokens and (len(sources) > 1 or settings.num_candidates > 1):
+            name = param if len(sources) > 1 else "num_candidates"
+            raise FieldError(
+                name,
+                f"{len(sources)} sources with {settings.num_candidates} answers of {settings.max_tokens} tokens each "
+                f"may take {tokens} tokens, which must be at most {self.max_batch_tokens}",
+                f"{self.max_batch_tokens} tokens",
+            )
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation | Exception]:
-        """Answer a batch: one generation for each (num_steps, max_tokens) in it.
+    def draw(self, jobs: Sequence[Job]) -> list[Drawn | Exception]:
+        """Answer a batch of jobs, all of the same settings.
 
         Returns:
-            For each request, in order, its answer, or what went wrong with it alone.
+            For each job, in order, what was drawn, or what went wrong with it alone; `Cancelled` for all if nobody
+            waits for any of them.
         """
-        answers: list[Generation | Exception] = [RuntimeError("not generated")] * len(requests)
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            try:
-                self.check(request)
-            except FieldError as error:
-                answers[i] = error
-                continue
-            num_steps = self.num_steps if request.num_steps is None else request.num_steps
-            max_tokens = self.generator.max_target_tokens if request.max_tokens is None else request.max_tokens
-            groups[num_steps, max_tokens].append(i)
-        for (num_steps, max_tokens), rows in groups.items():
-            found = self._generate_group([requests[i] for i in rows], num_steps, max_tokens)
-            for i, answer in zip(rows, found, strict=True):
-                answers[i] = answer
-        if any(isinstance(answer, Generation) for answer in answers):
+        answers = self._draw(jobs)
+        if any(isinstance(answer, Drawn) for answer in answers):
             self._failures = 0
-        elif groups:
+        elif not any(isinstance(answer, Cancelled) for answer in answers):
             self._failures += 1
         return answers
 
-    def _generate_group(
-        self, requests: list[GenerateRequest], num_steps: int, max_tokens: int
-    ) -> list[Generation | Exception]:
+    def _draw(self, jobs: Sequence[Job]) -> list[Drawn | Exception]:
+        settings = jobs[0].settings
+
+        def step_done(chosen: list[int], step: int, read: Callable[[], list[list[Candidate]]]) -> None:
+            if all(job.cancelled for job in jobs):
+                raise Cancelled
+            if not settings.follow:
+                return
+            for i, candidates in zip(chosen, read(), strict=True):
+                on_step = jobs[i].on_step
+                if on_step is not None and not jobs[i].cancelled:
+                    on_step(step, candidates)
+
+        # By CUDA graphs there is no step to stop at, and with a baseline none at all.
+        steps = isinstance(self.generator.model, YanModel) and (settings.follow or self.generator.graphs is None)
         try:
-            sources, seeds = [r.source for r in requests], [r.seed for r in requests]
-            return list(self.generator.generate(sources, num_steps, max_tokens, seeds))
+            return list(
+                self.generator.draw(
+                    [job.encoding for job in jobs],
+                    settings.num_steps,
+                    settings.max_tokens,
+                    [job.seed for job in jobs],
+                    method=settings.method,
+                    guidance_scale=settings.guidance_scale,
+                    num_candidates=settings.num_candidates,
+                    ranking=settings.ranking,
+                    deterministic=settings.deterministic,
+                    with_log_probs=settings.with_log_probs,
+                    on_step=step_done if steps else None,
+                )
+            )
+        except Cancelled as cancelled:
+            return [cancelled] * len(jobs)
         except Exception as error:  # Whatever one request did, its neighbours get their answers.
-            if len(requests) == 1:
+            if len(jobs) == 1:
                 logger.exception("generation failed")
                 return [error]
-            logger.warning("a batch of %d failed (%s); its requests now run one by one", len(requests), error)
-        return [self._generate_group([request], num_steps, max_tokens)[0] for request in requests]
+            logger.warning("a batch of %d failed (%s); its requests now run one by one", len(jobs), error)
+        return [self._draw([job])[0] for job in jobs]

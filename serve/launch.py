@@ -24,6 +24,7 @@ from ray import serve as ray_serve
 # Ray brings its own psutil, and its import puts it on the path.
 import psutil  # isort: skip # pyright: ignore[reportMissingModuleSource]
 
+from serve.auth import load_keys, refuse_open_server
 from serve.registry import find_version, is_registered
 from serve.schemas import AppArgs
 from yan_core.checkpoint import read_config
@@ -45,14 +46,14 @@ def serve_blocking(
 
     Args:
         args: Arguments of the app.
-        host: Address to listen on; 0.0.0.0 opens the server to the network.
+        host: Address to listen on; 0.0.0.0 opens the server to the network, which wants keys.
         port: Port to listen on; 0: any free one.
         ray_address: Ray cluster to serve on; None: RAY_ADDRESS, else a local Ray of its own.
         timeout_s: Longest wait for readiness.
 
     Raises:
         LaunchError: If it does not get ready.
-        ValueError: If the model is missing or damaged.
+        ValueError: If the model is missing or damaged, or the address is open to others and there are no keys.
     """
 
     def stop(signum: int, frame: Any) -> None:
@@ -89,6 +90,7 @@ def running_server(
     Returns:
         Its base URL, once a generation has worked.
     """
+    refuse_open_server(host, load_keys(args.api_keys_file))
     _check_model(args)
     port = _free_port(host, port)
     _quiet()
@@ -148,6 +150,8 @@ def _start_ray(args: AppArgs, ray_address: str | None) -> None:
         return
     # Behind HAProxy a replica stays half a minute for load balancers to look away; here there are none.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+    # Serve kills a proxy that is not up in 5 s, and on a busy machine every other one after it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # CPUs are logical: two replicas on one core are slow, not impossible. The store holds no data of ours.
     logical = max(os.cpu_count() or 1, math.ceil(args.num_replicas * args.cpus_per_replica))
     ray.init(address="local", num_cpus=logical, object_store_memory=256 * 2**20, include_dashboard=False, **common)

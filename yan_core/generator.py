@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,52 @@ from yan_core.batching import pad_rows
 from yan_core.config import Method, Ranking
 from yan_core.graphs import GraphCache
 from yan_core.model import YanModel
-from yan_core.sampler import sample
+from yan_core.sampler import OnStep, sample
 from yan_core.solver import evaluation_times, time_grid
 from yan_core.tasks import get_task
-from yan_core.tokenization import Tokenizer
+from yan_core.tokenization import Encoding, Tokenizer
 
 SOURCE_BUCKET = 16
 """Where shapes must be few, sources are padded to a multiple of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One text drawn for a source, in token ids.
+
+    Attributes:
+        tokens: Token ids before the first end-of-text token.
+        experts: Expert of each of them; a baseline has none.
+        finished: Whether the text ended by itself rather than at the limit.
+        number: Which of those drawn it is, from 0 on; number 0 is the one drawn alone.
+        score: What it was ranked by, the higher the better; 0 where there is no other.
+        log_probs: The decoder's log-probability of each token, where asked for.
+    """
+
+    tokens: list[int]
+    experts: list[int]
+    finished: bool
+    number: int = 0
+    score: float = 0.0
+    log_probs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn for one source.
+
+    Attributes:
+        candidates: All that were drawn, the best first.
+        nfe: Trunk passes of each.
+    """
+
+    candidates: list[Candidate]
+    nfe: int
+
+
+OnDrawStep = Callable[[list[int], int, Callable[[], list[list[Candidate]]]], None]
+"""Called after each solver step with the indices of the sources that took it, the number of steps done, and a function
+that reads the candidates of each of these sources where they are by then, in the order they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -113,31 +152,93 @@ class TextGenerator:
         """
         if isinstance(sources, str) or not all(isinstance(source, str) for source in sources):
             raise ValueError(f"sources must be a list of texts, got {sources!r:.80}")
-        if not sources:
-            return []
         started = time.perf_counter()
-        seeds = [seeds] * len(sources) if isinstance(seeds, int) else list(seeds)
-        if len(seeds) != len(sources):
-            raise ValueError(f"seeds must be one number or one a source: got {len(seeds)} for {len(sources)} sources")
+        encodings = self.encode(sources)
+        drawn = self.draw(
+            encodings,
+            num_steps,
+            max_tokens,
+            seeds,
+            method=method,
+            guidance_scale=guidance_scale,
+            num_candidates=num_candidates,
+            ranking=ranking,
+            lengths=lengths,
+            deterministic=deterministic,
+        )
+        best = [answer.candidates[0] for answer in drawn]
+        texts = [self.tokenizer.decode(candidate.tokens) for candidate in best]
+        latency_ms = (time.perf_counter() - started) * 1000
+        return [
+            Generation(
+                text=text,
+                tokens=candidate.tokens,
+                source_tokens=len(encoding.ids),
+                source_tokens_cut=encoding.num_cut,
+                num_steps=num_steps,
+                nfe=answer.nfe,
+                finished=candidate.finished,
+                latency_ms=latency_ms,
+            )
+            for text, candidate, answer, encoding in zip(texts, best, drawn, encodings, strict=True)
+        ]
+
+    def encode(self, sources: Sequence[str]) -> list[Encoding]:
+        """Token ids of sources, cut to what the model reads, at the end that its task can miss."""
+        return self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
+
+    def draw(
+        self,
+        encodings: Sequence[Encoding],
+        num_steps: int = 3,
+        max_tokens: int | None = None,
+        seeds: Sequence[int] | int = 0,
+        *,
+        method: Method = "euler",
+        guidance_scale: float = 1.0,
+        num_candidates: int = 1,
+        ranking: Ranking = "bayes_risk",
+        lengths: Sequence[int] | None = None,
+        deterministic: bool = False,
+        with_log_probs: bool = False,
+        on_step: OnDrawStep | None = None,
+    ) -> list[Drawn]:
+        """The middle of `generate`: from token ids to token ids, all candidates of each source.
+
+        Args:
+            encodings: From `encode`.
+            num_steps: As all arguments that are not named here: see `generate`.
+            with_log_probs: Whether the candidates' log-probabilities are wanted.
+            on_step: See `OnDrawStep`; what it raises ends the drawing. CUDA graphs, which have no steps, are not used.
+
+        Raises:
+            ValueError: If an argument is out of range, or is for YAN alone and the model is a baseline.
+        """
+        if not encodings:
+            return []
+        count = len(encodings)
+        seeds = [seeds] * count if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != count:
+            raise ValueError(f"seeds must be one number or one a source: got {len(seeds)} for {count} sources")
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise ValueError(f"seeds must be in [0, 2**63), got {min(seeds)} to {max(seeds)}")
-        if lengths is not None and len(lengths) != len(sources):
-            raise ValueError(f"lengths must be one a source: got {len(lengths)} for {len(sources)} sources")
+        if lengths is not None and len(lengths) != count:
+            raise ValueError(f"lengths must be one a source: got {len(lengths)} for {count} sources")
         places = self.max_target_tokens if max_tokens is None else max_tokens
-        encodings = self.tokenizer.encode_batch(sources, self.max_source_tokens, self.task.keep)
-        rows: list[list[int]] = []
         how: dict[str, Any] = {
             "num_steps": num_steps,
             "method": method,
             "guidance_scale": guidance_scale,
             "num_candidates": num_candidates,
             "ranking": ranking,
+            "with_log_probs": with_log_probs,
         }
         if isinstance(self.model, Baseline):
-            self._check_greedy(places, how)
-        graphs = None if deterministic or lengths is not None or isinstance(self.model, Baseline) else self.graphs
-        nfe = 0
-        for chosen in [[i] for i in range(len(sources))] if deterministic else [list(range(len(sources)))]:
+            self._check_greedy(places, how, on_step)
+        eager = deterministic or lengths is not None or on_step is not None or isinstance(self.model, Baseline)
+        graphs = None if eager else self.graphs
+        drawn: list[Drawn] = []
+        for chosen in [[i] for i in range(count)] if deterministic else [list(range(count))]:
             longest = max(len(encodings[i].ids) for i in chosen)
             padded, device = max(1, longest), self.device
             if deterministic:
@@ -149,31 +250,22 @@ class TextGenerator:
             if graphs is None:
                 told = None if lengths is None else torch.tensor([lengths[i] for i in chosen])
                 inputs = ids.to(self.device), mask.to(self.device)
-                found, passes = self._write(*inputs, places, keys.to(device), told, how)
+                found, passes = self._write(
+                    *inputs, places, keys.to(device), told, how, self._reader(chosen, places, on_step)
+                )
             else:
-                found = self._replay(graphs, ids, mask, places, keys, how)[: len(chosen)]
+                found = self._replay(graphs, ids, mask, places, keys, how)[:, : len(chosen)]
                 passes = _passes(how)
-            rows, nfe = rows + found.tolist(), max(nfe, passes)
-        answers = [self.tokenizer.until_eos(row) for row in rows]
-        texts = [self.tokenizer.decode(answer) for answer in answers]
-        latency_ms = (time.perf_counter() - started) * 1000
-        return [
-            Generation(
-                text=text,
-                tokens=answer,
-                source_tokens=len(encoding.ids),
-                source_tokens_cut=encoding.num_cut,
-                num_steps=num_steps,
-                nfe=nfe,
-                finished=len(answer) < places or getattr(self.model, "length_head", None) is not None,
-                latency_ms=latency_ms,
-            )
-            for text, answer, encoding in zip(texts, answers, encodings, strict=True)
-        ]
+            drawn += [
+                Drawn(sorted(candidates, key=lambda candidate: -candidate.score), passes)
+                for candidates in self._candidates(found, places, with_log_probs)
+            ]
+        return drawn
 
-    def _check_greedy(self, places: int, how: dict[str, Any]) -> None:
-        usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1}
+    def _check_greedy(self, places: int, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
+        usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1, "with_log_probs": False}
         unlike = [name for name, value in usual.items() if how[name] != value]
+        unlike += [] if on_step is None else ["on_step"]
         if unlike:
             raise ValueError(f"{', '.join(unlike)} are for YAN alone: a baseline answers greedily, got {how}")
         if not 1 <= places <= self.most_tokens or how["num_steps"] < 1:
@@ -181,19 +273,39 @@ class TextGenerator:
                 f"max_tokens must be in [1, {self.most_tokens}] and num_steps >= 1, got {places} and {how['num_steps']}"
             )
 
+    def _reader(self, chosen: list[int], places: int, on_step: OnDrawStep | None) -> OnStep | None:
+        """The sampler's callback for some of the sources."""
+        if on_step is None:
+            return None
+        call = on_step
+
+        def step_done(step: int, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+            call(chosen, step, lambda: self._candidates(_packed(*read()), places, False))
+
+        return step_done
+
     def _write(
-        self, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, lengths: Tensor | None, how: dict[str, Any]
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        places: int,
+        seeds: Tensor,
+        lengths: Tensor | None,
+        how: dict[str, Any],
+        on_step: OnStep | None = None,
     ) -> tuple[Tensor, int]:
-        """Token ids of a batch's answers, [batch, places], and the passes of each."""
+        """A batch's answers as `_packed` gives them, and the passes of each."""
         if isinstance(self.model, Baseline):
             told = None if lengths is None else lengths.to(ids.device)
-            return self.model.answer(ids, mask, places, how["num_steps"], told)
-        return sample(self.model, ids, mask, places, seeds, lengths=lengths, **how).ids, _passes(how)
+            answers, passes = self.model.answer(ids, mask, places, how["num_steps"], told)
+            return _packed(answers[:, None]), passes
+        found = sample(self.model, ids, mask, places, seeds, lengths=lengths, on_step=on_step, **how)
+        return _packed(found.candidates, found.experts, found.log_probs, found.scores), _passes(how)
 
     def _replay(
         self, graphs: GraphCache, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, how: dict[str, Any]
     ) -> Tensor:
-        """Token ids of a batch filled up to a power of two with empty rows, [power of two, places]."""
+        """Answers of a batch filled up to a power of two with empty rows, as `_packed` gives them."""
         extra = 2 ** (len(seeds) - 1).bit_length() - len(seeds)
         filled = F.pad(ids, (0, 0, 0, extra)), F.pad(mask, (0, 0, 0, extra)), F.pad(seeds, (0, extra))
 
@@ -201,6 +313,51 @@ class TextGenerator:
             return self._write(ids, mask, places, seeds, None, how)[0]
 
         return graphs.call((places, *how.values()), draw, *(value.to(self.device) for value in filled))
+
+    def _candidates(self, found: Tensor, places: int, with_log_probs: bool) -> list[list[Candidate]]:
+        """The candidates of each source from `_packed`, in the order they were drawn."""
+        ids, experts, log_probs, scores = found.cpu()
+        knows_length = getattr(self.model, "length_head", None) is not None
+        has_experts = not isinstance(self.model, Baseline)
+        sources: list[list[Candidate]] = []
+        for rows in zip(ids.long().tolist(), experts.long().tolist(), log_probs.tolist(), scores.tolist(), strict=True):
+            candidates = []
+            for number, (row, expert, log_prob, score) in enumerate(zip(*rows, strict=True)):
+                tokens = self.tokenizer.until_eos(row)
+                candidates.append(
+                    Candidate(
+                        tokens=tokens,
+                        experts=expert[: len(tokens)] if has_experts else [],
+                        finished=len(tokens) < places or knows_length,
+                        number=number,
+                        score=score[0],
+                        log_probs=log_prob[: len(tokens)] if with_log_probs else None,
+                    )
+                )
+            sources.append(candidates)
+        return sources
+
+
+def _packed(
+    ids: Tensor, experts: Tensor | None = None, log_probs: Tensor | None = None, scores: Tensor | None = None
+) -> Tensor:
+    """All there is to know of answers in one tensor, so that a GPU is asked once and a CUDA graph has one output.
+
+    Args:
+        ids: Token ids, [batch, num_candidates, length].
+        experts: Expert of each token, same shape.
+        log_probs: Log-probability of each token, same shape.
+        scores: Of each candidate, [batch, num_candidates].
+
+    Returns:
+        Token ids, experts, log-probabilities and scores as float64, which holds each of them exactly,
+        [4, batch, num_candidates, length]; zeros for what is None.
+    """
+    scores = None if scores is None else scores[..., None].expand_as(ids)
+    nothing = torch.zeros_like(ids, dtype=torch.float64)
+    return torch.stack(
+        [nothing if part is None else part.to(torch.float64) for part in (ids, experts, log_probs, scores)]
+    )
 
 
 def _passes(how: dict[str, Any]) -> int:

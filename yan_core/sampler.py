@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -17,6 +17,10 @@ from yan_core.ranking import best_of, mean_confidence, minimum_bayes_risk
 from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
 from yan_core.tokenization import Tokenizer
 
+OnStep = Callable[[int, Callable[[], tuple[Tensor, Tensor]]], None]
+"""Called after each solver step with the number of steps done, and with a function that has the decoder read the point
+reached: token ids and the expert of each token, both [batch, num_candidates, length]."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -27,6 +31,8 @@ class Sample:
         expert: Expert of each token, [batch, length].
         nfe: Trunk passes of each candidate; guidance doubles them.
         candidates: Token ids of all candidates, [batch, num_candidates, length].
+        experts: Expert of each of their tokens, same shape.
+        log_probs: The decoder's log-probability of each of their tokens, same shape; None: it was not needed.
         scores: What they were ranked by, the higher the better, [batch, num_candidates]; None: there was one.
     """
 
@@ -34,6 +40,8 @@ class Sample:
     expert: Tensor
     nfe: int
     candidates: Tensor
+    experts: Tensor
+    log_probs: Tensor | None
     scores: Tensor | None
 
 
@@ -52,6 +60,8 @@ def sample(
     num_candidates: int = 1,
     ranking: Ranking = "bayes_risk",
     lengths: Tensor | None = None,
+    with_log_probs: bool = False,
+    on_step: OnStep | None = None,
 ) -> Sample:
     """Draw one target for each source, or the best of several.
 
@@ -73,6 +83,8 @@ def sample(
         lengths: Each row's number of tokens, [batch], where it is known: the answer then neither ends before nor goes
             on after it. None: the model's own, which is at the first end-of-text token, or with
             model.length=predicted what its length head says, the n-th candidate taking the n-th likeliest length.
+        with_log_probs: Whether log-probabilities are wanted though nothing is ranked by them.
+        on_step: See `OnStep`; what it raises ends the sampling.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the model.
@@ -104,27 +116,38 @@ def sample(
     scopes = -(-length // scope_length(config, length))
     uniforms = uniform(keys, Stream.EXPERT, (scopes,)).to(device)
     field = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=guidance_scale)
-    x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, method)
-    assert field.expert is not None
-
     by_confidence = num_candidates > 1 and ranking == "confidence"
     # A model that ends its texts itself is not let to where their lengths are known.
     never = Tokenizer.eos_id if model.length_head is None and lengths is not None else None
-    ids, log_probs = model.decoder.read(x_1, with_log_probs=by_confidence, never=never)
-    if places is not None:
-        ids = ids.masked_fill(~places, Tokenizer.eos_id)
-    if num_candidates == 1:
-        return Sample(ids, field.expert, field.nfe, ids[:, None], None)
-    candidates = ids.unflatten(0, (num_candidates, batch)).transpose(0, 1)
-    experts = field.expert.unflatten(0, (num_candidates, batch)).transpose(0, 1)
-    if log_probs is None:
-        scores = minimum_bayes_risk(candidates)
-    else:
-        log_probs = log_probs.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+
+    def by_source(rows: Tensor) -> Tensor:
+        """[num_candidates * batch, length] -> [batch, num_candidates, length]."""
+        return rows.unflatten(0, (num_candidates, batch)).transpose(0, 1)
+
+    def read(x: Tensor, with_log_probs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Token ids, experts and log-probabilities at a point, each [batch, num_candidates, length]."""
+        ids, log_probs = model.decoder.read(x, with_log_probs=with_log_probs, never=never)
         if places is not None:
-            places = places.unflatten(0, (num_candidates, batch)).transpose(0, 1)
-        scores = mean_confidence(candidates, log_probs, places, length_log_probs)
-    return Sample(best_of(candidates, scores), best_of(experts, scores), field.nfe, candidates, scores)
+            ids = ids.masked_fill(~places, Tokenizer.eos_id)
+        assert field.expert is not None
+        return by_source(ids), by_source(field.expert), None if log_probs is None else by_source(log_probs)
+
+    def step_done(step: int, x: Tensor) -> None:
+        if on_step is not None:
+            on_step(step, lambda: read(x, False)[:2])
+
+    x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, method, step_done)
+    candidates, experts, log_probs = read(x_1, with_log_probs or by_confidence)
+    if num_candidates == 1:
+        return Sample(candidates[:, 0], experts[:, 0], field.nfe, candidates, experts, log_probs, None)
+    if ranking == "confidence":
+        assert log_probs is not None
+        texts = None if places is None else by_source(places)
+        scores = mean_confidence(candidates, log_probs, texts, length_log_probs)
+    else:
+        scores = minimum_bayes_risk(candidates)
+    best = best_of(candidates, scores), best_of(experts, scores)
+    return Sample(*best, field.nfe, candidates, experts, log_probs, scores)
 
 
 def _text_places(

@@ -53,7 +53,13 @@ def evaluation_times(grid: Sequence[float], method: Method = "euler") -> list[fl
     raise ValueError(f"method must be one of euler, midpoint, heun, got {method!r}")
 
 
-def solve(velocity: Velocity, x_0: Tensor, grid: Sequence[float], method: Method = "euler") -> Tensor:
+def solve(
+    velocity: Velocity,
+    x_0: Tensor,
+    grid: Sequence[float],
+    method: Method = "euler",
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Solve dx/dt = velocity(x, t).
 
     Args:
@@ -61,6 +67,8 @@ def solve(velocity: Velocity, x_0: Tensor, grid: Sequence[float], method: Method
         x_0: Start, [batch, length, latent_dim].
         grid: Increasing times, num_steps + 1 of them.
         method: `euler` (order 1), `midpoint` or `heun` (order 2).
+        on_step: Called after each step with the number of steps done, from 1 on, and the point reached, shaped like
+            x_0; what it raises ends the solving.
 
     Returns:
         The endpoint, shaped like x_0.
@@ -77,6 +85,8 @@ def solve(velocity: Velocity, x_0: Tensor, grid: Sequence[float], method: Method
         else:
             first = velocity(x, 2 * i)
             x = x + dt / 2 * (first + velocity(x + dt * first, 2 * i + 1))
+        if on_step is not None:
+            on_step(i + 1, x)
     return x
 
 

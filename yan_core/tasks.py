@@ -203,11 +203,12 @@ class InfillingTask(TextTask):
         Raises:
             ValueError: As `TextTask.prompt`, and on a text without a mask or with several.
         """
-        words = super().prompt(row).split()
-        masks = [i for i, word in enumerate(words) for _ in range(word.count(MASK))]
-        if len(masks) != 1:
-            raise ValueError(f"field {self.target!r} must hold one {MASK} where words are missing, got {len(masks)}")
-        return " ".join(words[max(0, masks[0] - self.context_words) : masks[0] + self.context_words + 1])
+        text = super().prompt(row)
+        if text.count(MASK) != 1:
+            raise ValueError(
+                f"field {self.target!r} must have {MASK} once, where words are missing, got it {text.count(MASK)} times"
+            )
+        return self.around(text)
 
     def whole(self, source: str, answer: str) -> str:
         """The source with the answer in the place of its mask."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -168,3 +169,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, up to the first end-of-text token; padding and unknown words are left out."""
         return self.backend.decode(self.until_eos(ids), skip_special_tokens=True).strip()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: as many as there are ids before the end of text, together `decode(ids)`.
+
+        A token that ends in the middle of a character adds nothing, the one that ends the character all of it.
+        """
+        ids = self.until_eos(ids)
+        starts = self.backend.decode_batch([ids[: i + 1] for i in range(len(ids))], skip_special_tokens=True)
+        text, ends = self.decode(ids), [0]
+        for start in starts:
+            ends.append(max(ends[-1], len(os.path.commonprefix([start.strip(), text]))))
+        ends[-1] = len(text) if ids else 0
+        return [text[start:end] for start, end in itertools.pairwise(ends)]

@@ -1,9 +1,18 @@
-"""A tiny model with random weights, on disk."""
+"""A tiny model with random weights, on disk, and the HTTP API over it without Ray."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
+from serve.engine import Engine
+from serve.metrics import Metrics
+from serve.models import Models, ServedModel, pools
+from serve.routes import create_api
+from serve.schemas import AppArgs
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, ModelConfig, TokenizerConfig
 from yan_core.model import build_model
@@ -15,11 +24,16 @@ STORY = "Mary went to the kitchen. John took the apple to the garden. Where is M
 TINY = ModelConfig(d_model=32, num_heads=2, max_positions=64)
 
 
-def save_tiny(folder: Path, max_source_tokens: int = 32, architecture: ModelConfig | BaselineConfig = TINY) -> Path:
+def save_tiny(
+    folder: Path,
+    max_source_tokens: int = 32,
+    architecture: ModelConfig | BaselineConfig = TINY,
+    task: str = "question_answering",
+) -> Path:
     """Save a random model, by default with 64 positions, that answers in at most 4 tokens."""
     tokenizer = Tokenizer.train([STORY], TokenizerConfig(vocab_size=64))
     model = build_model(architecture, tokenizer.vocab_size, seed=1)
-    details = {"task": "question_answering", "max_source_tokens": max_source_tokens, "max_target_tokens": 4}
+    details = {"task": task, "max_source_tokens": max_source_tokens, "max_target_tokens": 4}
     save_pretrained(folder, model, tokenizer, details)
     return folder
 
@@ -28,3 +42,39 @@ def save_tiny(folder: Path, max_source_tokens: int = 32, architecture: ModelConf
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, as a run called `tiny` leaves it."""
     return save_tiny(tmp_path_factory.mktemp("runs") / "tiny" / "model")
+
+
+Start = Callable[..., TestClient]
+"""Starts the API: `start(folder, keys={...}, **app_args)`; its `engine` and `models` are on `client.app.state`."""
+
+
+@pytest.fixture(scope="module")
+def start(model_folder: Path) -> Iterator[Start]:
+    """Starts the API over a model in this process, without Ray."""
+    with ExitStack() as stack:
+
+        def run(folder: Path = model_folder, keys: Mapping[str, str] | None = None, **settings: Any) -> TestClient:
+            args = AppArgs(model="m", **settings)
+            metrics = Metrics("one")
+            engine = Engine(
+                folder,
+                max_batch_size=args.max_batch_size,
+                max_batch_tokens=args.max_batch_tokens,
+                max_source_chars=args.max_source_chars,
+            )
+            engine.warm_up(args.num_steps)
+            draws, texts = pools()
+            stack.callback(draws.shutdown)
+            stack.callback(texts.shutdown)
+            models = Models([ServedModel("tiny", engine, metrics, args.max_queued_requests, draws, texts)])
+            api = create_api(models, metrics, args, keys or {})
+            api.state.engine, api.state.models = engine, models
+            return stack.enter_context(TestClient(api, raise_server_exceptions=False))
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def client(start: Start) -> TestClient:
+    """The API with its defaults."""
+    return start()

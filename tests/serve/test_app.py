@@ -26,3 +26,8 @@ def test_a_registry_must_be_named(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(RegistryError, match="tracking_uri is empty"):
         build_app(AppArgs(model="models:/yan-tiny@champion"))
+
+
+def test_keys_are_read_where_the_app_is_built(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="api_keys_file=.* cannot be read"):
+        build_app(AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "nowhere")))

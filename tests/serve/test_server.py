@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import ray
 
@@ -27,30 +30,34 @@ import psutil  # isort: skip # Ray's own, on the path since its import
 
 pytestmark = pytest.mark.ray
 
+KEY = "a key of the tests"
+QUESTION = "Where is Mary?"
 START = """
 import sys
 from serve.launch import serve_blocking
 from serve.schemas import AppArgs
-serve_blocking(AppArgs(model=sys.argv[1], max_source_chars=500), port=0)
+model, keys, log = sys.argv[1:]
+args = AppArgs(model=model, api_keys_file=keys, access_log=log, num_replicas=2, cpus_per_replica=0.5)
+serve_blocking(args, port=0)
 """
 
 
 class Server:
     """A server in a process of its own, and what it wrote to its terminal."""
 
-    def __init__(self, model: Path, log: Path) -> None:
-        self.log = log
+    def __init__(self, model: Path, home: Path) -> None:
+        self.log, self.access_log = home / "terminal.txt", home / "access.jsonl"
+        (home / "keys").write_text(f"tests {hashlib.sha256(KEY.encode()).hexdigest()}\n")
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        with log.open("w") as out:
+        with self.log.open("w") as out:
             # A session of its own: a Ctrl-C at the tests is not one at the server.
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(model)], stdout=out, stderr=out, env=env, start_new_session=True
-            )
+            command = [sys.executable, "-c", START, str(model), str(home / "keys"), str(self.access_log)]
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
         deadline = time.monotonic() + 240
-        while not (found := re.search(r"ready after \d+ s at (\S+)", log.read_text())):
+        while not (found := re.search(r"ready after \d+ s at (\S+)", self.log.read_text())):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                pytest.fail(f"no server: {log.read_text()}")
+                pytest.fail(f"no server: {self.log.read_text()}")
             time.sleep(0.2)
         self.url = found.group(1)
         self.port = int(self.url.rpartition(":")[2])
@@ -65,7 +72,8 @@ class Server:
     def ask(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
         """Status and JSON body; `body` may be bytes, or anything for JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
@@ -81,111 +89,154 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model_folder, tmp_path_factory):
-    server = Server(model_folder, tmp_path_factory.mktemp("server") / "terminal.txt")
+    server = Server(model_folder, tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
 
 
-def test_an_answer_says_what_it_cost(server):
-    answer = server.generate(source="Where is Mary?", seed=7, num_steps=5, max_tokens=6)
-    assert set(answer) == {
-        "text",
-        "tokens",
-        "num_steps",
-        "nfe",
-        "latency_ms",
-        "source_tokens",
-        "source_tokens_cut",
-        "finished",
-        "model",
-    }
-    assert answer["nfe"] == answer["num_steps"] == 5
-    assert (answer["source_tokens"], answer["source_tokens_cut"]) == (4, 0)
-    assert answer["finished"] == (len(answer["tokens"]) < 6)
-    assert answer["latency_ms"] > 0
-    assert answer["model"] == "tiny"
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's own client, as it comes."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
 
 
-def test_defaults(server):
-    answer = server.generate(source="Where is Mary?")
-    assert answer["nfe"] == answer["num_steps"] == 3
-    assert len(answer["tokens"]) <= 4
+def test_openais_client_completes(client, server):
+    found = client.completions.create(model="tiny", prompt=QUESTION, seed=7, n=2, best_of=4, logprobs=1, echo=False)
+    again = client.completions.create(model="tiny", prompt=QUESTION, seed=7, n=2, best_of=4, temperature=1, user="me")
+    assert [choice.text for choice in found.choices] == [choice.text for choice in again.choices]
+    assert found.choices[0].finish_reason in ("stop", "length")
+    assert "".join(found.choices[0].logprobs.tokens) == found.choices[0].text
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    (alone,) = client.completions.create(model="tiny", prompt=QUESTION, seed=7).choices
+    assert alone.text == server.generate(source=QUESTION, seed=7)["text"]
 
 
-def test_answers_do_not_depend_on_company(server):
-    bodies = [
-        {"source": "Mary went to the kitchen. " * (1 + i % 4) + "Where is Mary?", "seed": i, "num_steps": 1 + i % 2}
-        for i in range(16)
-    ]
+def test_openais_client_streams(client):
+    body = {"model": "tiny", "prompt": QUESTION, "seed": 7}
+    whole = client.completions.create(**body)
+    *parts, last = client.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage and last.choices == []
+
+
+def test_openais_client_lists_models_and_takes_our_fields(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "yan"
+    body = {"model": "tiny", "prompt": QUESTION, "seed": 7}
+    ours = client.completions.create(**body, extra_body={"num_steps": 3, "deterministic": True, "timeout_s": 20})
+    assert ours.choices[0].text == client.completions.create(**body).choices[0].text
+
+
+def test_openais_client_tells_its_errors_apart(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=QUESTION, temperature=0.5)
+    assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
+    assert "must be 1 or null" in caught.value.message and caught.value.request_id
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="tony", prompt=QUESTION)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_the_text_is_seen_as_it_forms(server):
+    body = json.dumps({"source": QUESTION, "seed": 3, "num_steps": 4, "max_tokens": 32, "stream": True}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{server.url}/v1/generate", body, headers), timeout=60
+    ) as found:
+        assert found.headers["Content-Type"].startswith("text/event-stream")
+        events = found.read().decode().strip().split("\n\n")
+    assert [event.partition("\n")[0] for event in events] == ["event: step"] * 4 + ["event: answer"]
+    answer = json.loads(events[-1].partition("data: ")[2])
+    assert answer["tokens"] == server.generate(source=QUESTION, seed=3, num_steps=4, max_tokens=32)["tokens"]
+
+
+def test_the_examples_of_the_guide_work(server):
+    """Its blocks in bash and python, as they stand but for the port."""
+    guide = (Path(__file__).parents[2] / "docs" / "SERVING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for language, code in blocks:
+        code = code.replace("8000", str(server.port))
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        env = {**os.environ, "YAN_KEY": KEY}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "error" not in done.stdout, f"{code}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+def test_every_replica_gives_the_same_answer(server):
+    """Alone, under load, on any of the two."""
+    bodies = [{"source": "Mary went. " * (1 + i % 3) + QUESTION, "seed": i, "deterministic": True} for i in range(8)]
     alone = [server.generate(**body)["tokens"] for body in bodies]
     with ThreadPoolExecutor(16) as pool:
-        for _ in range(3):
-            together = [answer["tokens"] for answer in pool.map(lambda body: server.generate(**body), bodies)]
-            assert together == alone
-    assert len(set(map(tuple, alone))) > 8
+        together = [answer["tokens"] for answer in pool.map(lambda body: server.generate(**body), bodies * 6)]
+        replicas = set(pool.map(lambda _: re.findall('replica="([^"]+)"', metrics(server))[0], range(40)))
+    assert together == alone * 6
+    assert len(replicas) == 2
+
+
+def metrics(server: Server) -> str:
+    """Counters of one replica."""
+    request = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_a_client_that_leaves_is_seen_and_its_work_ends(server):
+    """The request would take as long as its 64 steps with all candidates; what is logged is when it was given up."""
+    body = json.dumps({"source": QUESTION, "num_steps": 64, "max_tokens": 64, "num_candidates": 32}).encode()
+    head = f"POST /v1/generate HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: leaver\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        time.sleep(0.2)
+    deadline = time.monotonic() + 30
+    while not (lines := [line for line in server.access_log.read_text().splitlines() if "leaver" in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(lines[0])["status"] == 499
+
+
+def test_the_access_log_names_the_key_and_no_prompt(server):
+    server.generate(source="John took the apple")
+    text = server.access_log.read_text()
+    assert "John took" not in text and KEY not in text
+    assert {json.loads(line).get("key") for line in text.splitlines()} == {"tests", None}
 
 
 def test_health_is_answered_while_generating(server):
     with ThreadPoolExecutor(8) as pool:
         work = [pool.submit(server.generate, source="Where is Mary?", num_steps=64, max_tokens=64) for _ in range(8)]
-        assert server.ask("/healthz") == (200, {"status": "alive", "model": "tiny"})
-        assert server.ask("/readyz") == (200, {"status": "ready", "model": "tiny"})
+        assert server.ask("/healthz") == (200, {"status": "alive", "models": ["tiny"]})
+        assert server.ask("/readyz") == (200, {"status": "ready", "models": ["tiny"]})
         assert all(future.result()["nfe"] == 64 for future in work)
 
 
 @pytest.mark.parametrize(
-    ("body", "field", "message"),
+    ("path", "method", "body", "status", "param"),
     [
-        ({"source": "a", "temperature": 1}, "temperature", "unknown name 'temperature'"),
-        ({"source": "a", "max_token": 1}, "max_token", "did you mean 'max_tokens'"),
-        ({}, "source", "source is missing"),
-        ({"source": ""}, "source", "not blank"),
-        ({"source": ["a"]}, "source", "got ['a']"),
-        ({"source": "a" * 501}, "source", "at most 500 characters, got 501"),
-        (b'{"source": "\\ud800"}', "source", "Unicode"),
-        ({"source": "a", "seed": "7"}, "seed", "got '7'"),
-        (b'{"source": "a", "seed": NaN}', "seed", "got nan"),
-        ({"source": "a", "num_steps": 0}, "num_steps", "in [1, 64], got 0"),
-        ({"source": "a", "num_steps": 65}, "num_steps", "in [1, 64], got 65"),
-        ({"source": "a", "max_tokens": 65}, "max_tokens", "in [1, 64], got 65"),
-        (b'{"source": ', "body", "body is not valid JSON"),
-        (b'"\xff"', "body", "body is not valid JSON"),
-        (b"[" * 100_000, "body", "body is not valid JSON"),
-        (b'{"source": "a", "seed": ' + b"9" * 5000 + b"}", "body", "body is not valid JSON"),
-        (b"[]", "body", "body must be a JSON object"),
-        (b"", "body", "body must be a JSON object"),
-    ],
-)
-def test_a_refusal_names_the_field(server, body, field, message):
-    status, answer = server.ask("/v1/generate", body, method="POST")
-    assert status == 422, answer
-    assert set(answer) == {"error"}
-    assert answer["error"]["field"] == field
-    assert message in answer["error"]["message"]
-    assert "Traceback" not in json.dumps(answer)
-
-
-@pytest.mark.parametrize(
-    ("path", "method", "body", "status", "field"),
-    [
+        ("/v1/generate", "POST", {"source": "a", "temperature": 1}, 422, "temperature"),
+        ("/v1/generate", "POST", b"[" * 100_000, 422, "body"),
+        ("/v1/completions", "POST", {"prompt": [1]}, 400, "prompt"),
         ("/v1/complete", "POST", {}, 404, "path"),
         ("/v1/generate", "GET", None, 405, "method"),
         ("/v1/generate", "POST", b" " * (3 * 2**20), 413, "body"),
     ],
 )
-def test_other_refusals_have_the_same_body(server, path, method, body, status, field):
+def test_a_refusal_goes_through_serve_as_it_is(server, path, method, body, status, param):
     found, answer = server.ask(path, body, method)
-    assert (found, answer["error"]["field"]) == (status, field)
+    assert (found, answer["error"]["param"]) == (status, param)
 
 
-def test_a_bad_neighbour_costs_the_others_nothing(server):
-    good = {"source": "Where is Mary?", "seed": 3}
-    expected = server.generate(**good)["text"]
-    bodies = [good, {**good, "max_tokens": 65}] * 8
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda body: server.ask("/v1/generate", body), bodies))
-    assert [status for status, _ in answers] == [200, 422] * 8
-    assert {answer["text"] for status, answer in answers if status == 200} == {expected}
+def test_an_open_server_without_keys_does_not_start(model_folder, monkeypatch):
+    monkeypatch.delenv("YAN_API_KEYS", raising=False)
+    with pytest.raises(ValueError, match="host=0.0.0.0 opens the server to other machines"):
+        with running_server(AppArgs(model=str(model_folder)), host="0.0.0.0", port=0):
+            pass
+    assert not ray.is_initialized()
 
 
 def test_a_port_in_use_is_said_before_anything_starts(server, model_folder):
@@ -235,8 +286,9 @@ def test_the_terminal_shows_our_words_only(server):
 
 
 def test_sigterm_while_ray_starts_leaves_nothing_behind(model_folder, tmp_path):
+    command = [sys.executable, "-c", START, str(model_folder), "", str(tmp_path / "access.jsonl")]
     with (tmp_path / "terminal.txt").open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", START, str(model_folder)], stdout=out, start_new_session=True)
+        process = subprocess.Popen(command, stdout=out, start_new_session=True)
     parent, deadline = psutil.Process(process.pid), time.monotonic() + 120
     while not (family := parent.children(recursive=True)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -224,3 +224,48 @@ def test_graphs_answer_as_the_eager_sampler_on_a_gpu(dtype: torch.dtype) -> None
     for seed in range(3):
         found = (g.generate(SOURCES, seeds=[seed + i for i in range(4)]) for g in (eager, graphs))
         assert len({str([g.tokens for g in answers]) for answers in found}) == 1
+
+
+def test_drawing_gives_every_candidate_the_best_first() -> None:
+    encodings = GENERATOR.encode(SOURCES)
+    drawn = GENERATOR.draw(encodings, 3, seeds=3, num_candidates=4, ranking="confidence", with_log_probs=True)
+    for answer, first, best in zip(
+        drawn, answers(SOURCES, seeds=3), answers(SOURCES, seeds=3, num_candidates=4, ranking="confidence"), strict=True
+    ):
+        assert answer.candidates[0].tokens == best
+        assert next(c.tokens for c in answer.candidates if c.number == 0) == first
+        assert sorted(c.number for c in answer.candidates) == [0, 1, 2, 3]
+        scores = [c.score for c in answer.candidates]
+        assert scores == sorted(scores, reverse=True)
+        for c in answer.candidates:
+            assert c.log_probs is not None and len(c.log_probs) == len(c.experts) == len(c.tokens)
+            if not c.finished:
+                assert c.score == pytest.approx(sum(c.log_probs) / len(c.log_probs))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_drawing_can_be_watched(deterministic: bool) -> None:
+    seen: dict[int, list[tuple[int, list[int]]]] = {i: [] for i in range(len(SOURCES))}
+
+    def on_step(chosen: list[int], step: int, read: Any) -> None:
+        for i, candidates in zip(chosen, read(), strict=True):
+            seen[i].append((step, candidates[1].tokens))
+
+    encodings = GENERATOR.encode(SOURCES)
+    how: dict[str, Any] = {"seeds": [3, 1, 4, 1], "num_candidates": 2, "deterministic": deterministic}
+    drawn = GENERATOR.draw(encodings, 4, on_step=on_step, **how)
+    assert drawn == GENERATOR.draw(encodings, 4, **how)
+    for i, answer in enumerate(drawn):
+        assert [step for step, _ in seen[i]] == [1, 2, 3, 4]
+        assert seen[i][-1][1] == next(c.tokens for c in answer.candidates if c.number == 1)
+    assert any(way[0][1] != way[-1][1] for way in seen.values())
+
+
+def test_few_shapes_give_the_same_candidates() -> None:
+    bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
+    encodings = GENERATOR.encode(SOURCES[:3])
+    how: dict[str, Any] = {"seeds": [3, 1, 4], "num_candidates": 3, "with_log_probs": True}
+    for found, expected in zip(bucketed.draw(encodings, **how), GENERATOR.draw(encodings, **how), strict=True):
+        for one, other in zip(found.candidates, expected.candidates, strict=True):
+            assert (one.tokens, one.experts, one.number) == (other.tokens, other.experts, other.number)
+            assert one.log_probs == pytest.approx(other.log_probs, rel=1e-4)

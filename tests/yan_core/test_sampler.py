@@ -330,3 +330,36 @@ def test_any_time_grid_can_be_asked_for() -> None:
         sample(model, *SOURCES, 10, SEEDS, grid=[0.0, 0.5, 1.0]).ids, sample(model, *SOURCES, 10, SEEDS, 2).ids
     )
     assert not torch.equal(uneven.ids, sample(model, *SOURCES, 10, SEEDS, 2).ids)
+
+
+@pytest.mark.parametrize("length", ["fill", "predicted"])
+def test_the_way_can_be_watched_and_ends_at_the_answer(length: str) -> None:
+    model = tiny_model(length=length, expert_scope="token")
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    drawn = sample(
+        model, *SOURCES, 10, SEEDS, 4, num_candidates=3, on_step=lambda step, read: seen.append((step, *read()))
+    )
+    assert [step for step, _, _ in seen] == [1, 2, 3, 4]
+    assert all(torch.equal(experts, drawn.experts) for _, _, experts in seen)
+    assert torch.equal(seen[-1][1], drawn.candidates)
+    assert not torch.equal(seen[0][1], drawn.candidates)
+    assert torch.equal(sample(model, *SOURCES, 10, SEEDS, 4, num_candidates=3).ids, drawn.ids)
+    chosen = (drawn.candidates == drawn.ids[:, None]).all(-1) & (drawn.experts == drawn.expert[:, None]).all(-1)
+    assert bool(chosen.any(-1).all())
+
+
+def test_log_probabilities_are_the_decoders() -> None:
+    model = tiny_model()
+    passed: list[torch.Tensor] = []
+    read = model.decoder.read
+
+    def spy(latents: torch.Tensor, **options: Any) -> Any:
+        passed.append(latents)
+        return read(latents, **options)
+
+    model.decoder.read = spy  # type: ignore[method-assign]
+    drawn = sample(model, *SOURCES, 10, SEEDS, with_log_probs=True)
+    assert drawn.log_probs is not None
+    expected = model.decoder(passed[0]).log_softmax(-1).max(-1).values
+    torch.testing.assert_close(drawn.log_probs[:, 0], expected, atol=1e-5, rtol=1e-5)
+    assert sample(model, *SOURCES, 10, SEEDS).log_probs is None

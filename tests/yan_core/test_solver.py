@@ -144,3 +144,18 @@ def test_field_is_the_chosen_experts_velocity() -> None:
         assert expert is not None and len(expert.unique()) > 1
         for b, j in mask.nonzero().tolist():
             torch.testing.assert_close(ours[b, j], all_velocities[b, j, expert[b, j]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_point_of_the_way_is_shown_and_what_the_watcher_raises_ends_it(method: Method) -> None:
+    points: list[tuple[int, torch.Tensor]] = []
+    end = solve(lambda x, i: -x, x_0(), time_grid(3), method, lambda step, x: points.append((step, x)))
+    assert [step for step, _ in points] == [1, 2, 3] and points[-1][1] is end
+    shorter = solve(lambda x, i: -x, x_0(), [0, 1 / 3], method)
+    torch.testing.assert_close(points[0][1], shorter)
+
+    def stop(step: int, x: torch.Tensor) -> None:
+        raise KeyError(step)
+
+    with pytest.raises(KeyError, match="1"):
+        solve(lambda x, i: -x, x_0(), time_grid(3), method, stop)

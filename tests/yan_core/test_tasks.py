@@ -200,7 +200,8 @@ def test_infilling_wants_one_mask_and_reads_the_words_around_it() -> None:
     source, _ = task.pair({"text": " ".join(words)})
     assert task.prompt({"text": source}) == source
     long = " ".join([*words, f"{MASK},", *words])
-    assert task.prompt({"text": long}) == " ".join([*words[-64:], f"{MASK},", *words[:64]])
+    assert task.prompt({"text": long}) == " ".join([*words[-64:], MASK, ",", *words[:63]])
+    assert task.prompt({"text": f"She went{MASK}  home"}) == f"She went {MASK} home"
     for text, count in (("no hole", 0), (f"{MASK} and {MASK}", 2)):
-        with pytest.raises(ValueError, match=f"must hold one <mask> where words are missing, got {count}"):
+        with pytest.raises(ValueError, match=f"must have <mask> once, where words are missing, got it {count} times"):
             task.prompt({"text": text})

@@ -166,3 +166,16 @@ def test_training_is_deterministic_and_bounded(tokenizer: Tokenizer) -> None:
 def test_a_tokenizer_with_other_special_ids_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be 0 to 3, got \[None"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", " the apple "])
+def test_the_pieces_of_tokens_make_up_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = ids_of(tokenizer, text)
+    pieces = tokenizer.pieces([*ids, Tokenizer.eos_id, 5])
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_a_piece_has_the_space_before_its_word() -> None:
+    words = train("word")
+    assert words.pieces(ids_of(words, "the apple.")) == ["the", " apple", "."]

@@ -1,0 +1,92 @@
+"""Who may ask: bearer tokens, of which the server holds SHA-256 hashes alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+ENVIRONMENT = "YAN_API_KEYS"
+"""Holds what a file of keys holds, where none is named; lines may be separated by commas too."""
+ANYONE = "anyone"
+"""Name of whoever asks a server without keys."""
+
+
+def load_keys(file: str = "") -> dict[str, str]:
+    """SHA-256 hashes, in hexadecimal digits, by the names of their owners.
+
+    Args:
+        file: Lines `name sha256`; what follows a `#` does not count. Empty: the environment.
+
+    Raises:
+        ValueError: If the file cannot be read, a line is something else, or there is none; nothing of a line that could
+            be a key is repeated.
+    """
+    where = file or ENVIRONMENT
+    try:
+        text = Path(file).read_text(encoding="utf-8") if file else os.environ.get(ENVIRONMENT, "").replace(",", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"api_keys_file={file} cannot be read: {error}") from None
+    keys: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if len(words) != 2 or not re.fullmatch(r"[0-9a-f]{64}", words[1]) or words[0] in keys:
+            raise ValueError(
+                f"line {number} of {where} must be a name of its own and the SHA-256 of a key in 64 digits, such as "
+                "`printf %s KEY | sha256sum` gives"
+            )
+        keys[words[0]] = words[1]
+    if file and not keys:
+        raise ValueError(f"api_keys_file={file} holds no key")
+    return keys
+
+
+def owner(keys: Mapping[str, str], authorization: str | None) -> str | None:
+    """Name of the owner of a bearer token; None: nobody's.
+
+    Each hash is looked at to its end, whichever fits: the time says nothing.
+
+    Args:
+        keys: From `load_keys`; empty: anyone may ask.
+        authorization: The header `Authorization`.
+    """
+    if not keys:
+        return ANYONE
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        return None
+    presented = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+    found = None
+    for name, expected in keys.items():
+        if hmac.compare_digest(presented, expected):
+            found = name
+    return found
+
+
+def refuse_open_server(host: str, keys: Mapping[str, str]) -> None:
+    """A server that other machines reach wants keys.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not keys and not is_loopback(host):
+        raise ValueError(
+            f"host={host} opens the server to other machines, and anyone could use it: name keys in api_keys_file "
+            f"(yan serve --api-keys FILE) or {ENVIRONMENT}, or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

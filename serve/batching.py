@@ -1,0 +1,227 @@
+"""The bounded queue before the model, and the batches made of it.
+
+There is no wait for company: a batch is whatever waits when the model is free, so a lone request starts at once, and
+under load batches grow by themselves. A batch has one length bucket, so that little of it is padding and its shapes are
+few (CUDA graphs want that), and a budget of tokens, so that long texts make small batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from serve.engine import Job, Kind
+from serve.errors import Overloaded
+from yan_core.generator import Drawn
+
+Draw = Callable[[Sequence[Job]], list[Drawn | Exception]]
+"""Answers a batch of jobs, in a thread."""
+Observe = Callable[[Sequence[Job], float], None]
+"""Told of each batch that was drawn, and the seconds it took."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    Attributes:
+        drawn: Its answers.
+        queue_s: Time it waited.
+        draw_s: Time its batch took.
+        batch_size: Jobs of its batch.
+    """
+
+    drawn: Drawn
+    queue_s: float
+    draw_s: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class _Waiting:
+    job: Job
+    done: asyncio.Future[Result]
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Batcher:
+    """A queue of one model; all but `Draw` runs on one event loop."""
+
+    def __init__(
+        self,
+        draw: Draw,
+        executor: Executor,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_queued: int,
+        observe: Observe = lambda jobs, seconds: None,
+    ) -> None:
+        """Make an empty queue.
+
+        Args:
+            draw: See `Draw`; it gives errors back, and raises none.
+            executor: Where it runs; of one thread, since batches beside each other would slow each other down.
+            max_batch_size: Most jobs of a batch.
+            max_batch_tokens: Most tokens of a batch of two jobs or more.
+            max_queued: Most jobs that wait.
+            observe: See `Observe`.
+        """
+        self._draw, self._executor, self._observe = draw, executor, observe
+        self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
+        self._waiting: dict[_Waiting, None] = {}  # in order of arrival, and any one is taken out at once
+        self._running: list[_Waiting] = []
+        self._kinds: Counter[Kind] = Counter()  # of those that wait
+        self._started = 0.0
+        self._seconds_per_pass = 0.0
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait."""
+        return len(self._waiting)
+
+    @property
+    def expected_wait_s(self) -> float:
+        """How long a new job will wait, by the speed of the latest batches.
+
+        By trunk passes and not by tokens: a pass over few tokens takes about as long as one over some more.
+        """
+        passes = sum(-(-count // self._capacity(kind)) * kind.nfe for kind, count in self._kinds.items())
+        wait_s = passes * self._seconds_per_pass
+        if self._running:
+            whole_s = self._running[0].job.kind.nfe * self._seconds_per_pass
+            wait_s += max(0.0, whole_s - (time.perf_counter() - self._started))
+        return wait_s
+
+    def _capacity(self, kind: Kind) -> int:
+        """Most jobs of a batch."""
+        if kind.settings.deterministic:
+            return 1
+        return max(1, min(self.max_batch_size, self.max_batch_tokens // kind.tokens))
+
+    def submit(self, jobs: Sequence[Job], timeout_s: float) -> Ticket:
+        """Put jobs of one request into the queue, all of them or none.
+
+        Args:
+            jobs: What to draw.
+            timeout_s: How long the request can wait for all its answers.
+
+        Raises:
+            Overloaded: If the queue is full, or too long to be done in time.
+        """
+        wait_s = self.expected_wait_s
+        if self._waiting and len(self._waiting) + len(jobs) > self.max_queued:
+            raise Overloaded(
+                f"the queue is full: {len(self._waiting)} of at most {self.max_queued} requests wait; come again later",
+                code="queue_full",
+                retry_after_s=max(1, math.ceil(wait_s)),
+            )
+        if self._waiting and wait_s > timeout_s:
+            raise Overloaded(
+                f"the queue takes about {wait_s:.1f} s, longer than this request can wait; come again later",
+                code="queue_full",
+                retry_after_s=max(1, math.ceil(wait_s - timeout_s)),
+            )
+        loop = asyncio.get_running_loop()
+        entries = [_Waiting(job, loop.create_future()) for job in jobs]
+        self._waiting.update(dict.fromkeys(entries))
+        self._kinds.update(job.kind for job in jobs)
+        loop.call_soon(self._start)  # not at once: what else arrives in this turn of the loop goes along
+        return Ticket(self, entries, loop.time() + timeout_s)
+
+    def _start(self) -> None:
+        """Draw the next batch, if there is one and the model is free."""
+        if self._running or not self._waiting:
+            return
+        batch = self._running = self._next()
+        jobs = [entry.job for entry in batch]
+        self._started = begun = time.perf_counter()
+        future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, jobs)
+        future.add_done_callback(lambda future: self._finish(batch, begun, future))
+
+    def _next(self) -> list[_Waiting]:
+        """The oldest job, and those of its kind."""
+        kind = next(iter(self._waiting)).job.kind
+        fit = (entry for entry in self._waiting if entry.job.kind == kind)
+        batch = list(itertools.islice(fit, self._capacity(kind)))
+        for entry in batch:
+            self._take_out(entry)
+        return batch
+
+    def _take_out(self, entry: _Waiting) -> None:
+        if entry in self._waiting:
+            del self._waiting[entry]
+            self._kinds[entry.job.kind] -= 1
+            if not self._kinds[entry.job.kind]:
+                del self._kinds[entry.job.kind]
+
+    def _timed(self, jobs: Sequence[Job]) -> tuple[list[Drawn | Exception], float]:
+        begun = time.perf_counter()
+        return self._draw(jobs), time.perf_counter() - begun
+
+    def _finish(
+        self, batch: list[_Waiting], begun: float, future: asyncio.Future[tuple[list[Drawn | Exception], float]]
+    ) -> None:
+        self._running = []
+        self._start()  # first, as the model waits and the answers do not
+        answers, draw_s = future.result()
+        if any(isinstance(answer, Drawn) for answer in answers):  # else it ended early
+            self._learn(draw_s / batch[0].job.kind.nfe)
+        self._observe([entry.job for entry in batch], draw_s)
+        for entry, answer in zip(batch, answers, strict=True):
+            if entry.done.done():
+                continue
+            if isinstance(answer, Drawn):
+                entry.done.set_result(Result(answer, begun - entry.since, draw_s, len(batch)))
+            else:
+                entry.done.set_exception(answer)
+
+    def _learn(self, seconds_per_pass: float) -> None:
+        """Take a batch into the speed that waits are told by."""
+        before = self._seconds_per_pass or seconds_per_pass
+        self._seconds_per_pass = before + 0.2 * (seconds_per_pass - before)
+
+    def drop(self, entries: Sequence[_Waiting]) -> None:
+        """Forget jobs that nobody waits for; a batch of such jobs alone stops at its next step."""
+        for entry in entries:
+            entry.job.cancelled = True
+            entry.done.cancel()
+            self._take_out(entry)
+
+
+class Ticket:
+    """A request's place in the queue."""
+
+    def __init__(self, batcher: Batcher, entries: list[_Waiting], deadline: float) -> None:
+        """Made by `Batcher.submit`."""
+        self._batcher, self._entries, self._deadline = batcher, entries, deadline
+
+    async def results(self) -> list[Result]:
+        """Wait for all answers; where that is cancelled, or takes too long, so is the work.
+
+        Raises:
+            Overloaded: If the deadline passes.
+            Exception: What went wrong with a job.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return list(await asyncio.gather(*(entry.done for entry in self._entries)))
+        except TimeoutError:
+            wait_s = self._batcher.expected_wait_s
+            raise Overloaded(
+                "the request was not done by its deadline; come again later",
+                code="deadline_exceeded",
+                retry_after_s=max(1, math.ceil(wait_s)),
+            ) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the place up, if it is still held."""
+        self._batcher.drop([entry for entry in self._entries if not entry.done.done() or entry.done.cancelled()])

@@ -1,0 +1,116 @@
+"""Middleware around every request: its id, who asks and how often, one line in the access log, and the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import logging.handlers
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.auth import owner
+from serve.errors import NotAuthenticated, RequestError, TooManyRequests
+from serve.limits import RateLimit
+from serve.metrics import Metrics
+
+GUARDED = ("/v1/", "/metrics")
+"""Where a key is wanted; health and the API's description are for anyone who gets this far."""
+CLIENT_GONE = 499
+"""Status in log and counters of a request whose client left before its answer."""
+
+
+class Gate:
+    """The middleware. What routes know of a request for its line in the log, they put into `request.state.log`."""
+
+    def __init__(
+        self, app: ASGIApp, keys: Mapping[str, str], rate: RateLimit, metrics: Metrics, log: logging.Logger
+    ) -> None:
+        """Wrap an app.
+
+        Args:
+            app: What is behind.
+            keys: From `load_keys`; empty: anyone may ask.
+            rate: Requests a minute.
+            metrics: Where requests are counted.
+            log: From `access_log`.
+        """
+        self.app, self.keys, self.rate, self.metrics, self.log = app, keys, rate, metrics, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begun = time.perf_counter()
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")  # Serve sets it where the client did not, and gives it back
+        if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
+            request_id = uuid.uuid4().hex
+        line: dict[str, Any] = {"request_id": request_id}
+        scope.setdefault("state", {})["log"] = line
+        status = CLIENT_GONE
+
+        async def marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refused = self._refusal(scope, headers, line)
+            if refused is None:
+                await self.app(scope, receive, marked)
+            else:
+                await JSONResponse(refused.body(), refused.status, refused.headers)(scope, receive, marked)
+        except asyncio.CancelledError:
+            status = CLIENT_GONE
+            raise
+        finally:
+            self._note(scope, status, time.perf_counter() - begun, line)
+
+    def _refusal(self, scope: Scope, headers: Headers, line: dict[str, Any]) -> RequestError | None:
+        if not scope["path"].startswith(GUARDED):
+            return None
+        name = owner(self.keys, headers.get("authorization"))
+        if name is None:
+            return NotAuthenticated(
+                "a key is wanted: send the header `Authorization: Bearer KEY`"
+                if "authorization" not in headers
+                else "the key is not one of this server's",
+                code="invalid_api_key",
+            )
+        line["key"] = name
+        wait_s = self.rate.wait_s(name)
+        if wait_s:
+            return TooManyRequests(
+                f"a key may ask {self.rate.per_minute} times a minute", code="rate_limit_exceeded", retry_after_s=wait_s
+            )
+        return None
+
+    def _note(self, scope: Scope, status: int, seconds: float, line: dict[str, Any]) -> None:
+        # Of a path that is not ours there may be any number, and a counter for each.
+        route = getattr(scope.get("route"), "path", "other")
+        self.metrics.answered(route, status, seconds)
+        told = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+        }
+        self.log.info(json.dumps(told | line))
+
+
+def access_log(file: str) -> logging.Logger:
+    """A logger of bare lines to a file, which may be moved away meanwhile, or to standard error."""
+    logger = logging.Logger(f"serve.access:{file}", logging.INFO)  # by itself: no other logger's handlers or levels
+    logger.addHandler(logging.handlers.WatchedFileHandler(file, encoding="utf-8") if file else logging.StreamHandler())
+    logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    return logger

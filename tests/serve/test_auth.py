@@ -1,0 +1,84 @@
+"""Keys: how they are read, what is compared, and where they are a must."""
+
+import hashlib
+
+import pytest
+
+from serve import auth
+from serve.auth import ANYONE, is_loopback, load_keys, owner, refuse_open_server
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+KEYS = {"ann": digest("secret-a"), "bob": digest("secret-b")}
+
+
+def test_keys_of_a_file_and_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("YAN_API_KEYS", raising=False)
+    assert load_keys() == {}
+    file = tmp_path / "keys"
+    file.write_text(f"# who may ask\n\nann {KEYS['ann']}  # since May\nbob\t{KEYS['bob']}\n")
+    assert load_keys(str(file)) == KEYS
+    monkeypatch.setenv("YAN_API_KEYS", f"ann {KEYS['ann']},bob {KEYS['bob']}")
+    assert load_keys() == KEYS
+
+
+@pytest.mark.parametrize(
+    "lines", ["ann secret-a", "ann", f"ann {'A' * 64}", f"ann {'a' * 64}\nann {'b' * 64}", f"ann {'a' * 64} x"]
+)
+def test_a_line_that_is_no_hash_is_refused_without_repeating_what_may_be_a_key(tmp_path, lines):
+    file = tmp_path / "keys"
+    file.write_text(lines)
+    with pytest.raises(ValueError, match=r"line \d of .* must be a name of its own and the SHA-256") as caught:
+        load_keys(str(file))
+    assert "secret-a" not in str(caught.value)
+
+
+def test_a_file_that_protects_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_keys(str(tmp_path / "nowhere"))
+    (tmp_path / "keys").write_text("# nobody yet\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        load_keys(str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ("Bearer secret-a", "ann"),
+        ("bearer secret-b", "bob"),
+        ("Bearer secret-c", None),
+        (f"Bearer {KEYS['ann']}", None),
+        ("Bearer ", None),
+        ("secret-a", None),
+        ("Basic secret-a", None),
+        ("Bearer \udcff\u20ac", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_token_has_an_owner_or_not(header, name):
+    assert owner(KEYS, header) == name
+    assert owner({}, header) == ANYONE
+
+
+def test_hashes_are_compared_in_constant_time_and_all_of_them(monkeypatch):
+    compared = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    assert owner(KEYS, "Bearer secret-a") == "ann"
+    assert compared == [(KEYS["ann"], KEYS["ann"]), (KEYS["ann"], KEYS["bob"])]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_server_of_this_machine_alone_needs_no_keys(host):
+    assert is_loopback(host)
+    refuse_open_server(host, {})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org", ""])
+def test_a_server_that_others_reach_needs_keys(host):
+    with pytest.raises(ValueError, match="anyone could use it: name keys in api_keys_file"):
+        refuse_open_server(host, {})
+    refuse_open_server(host, KEYS)
