@@ -20,6 +20,8 @@ def quiet_ray() -> None:
     """Keep Ray's progress bars and routine log lines off the terminal; errors still come as exceptions."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    # Its C++ writes errors that are none: a metrics agent that is slow to start, arguments in the object store.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the traceback of every exception it raises

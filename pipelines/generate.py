@@ -115,8 +115,6 @@ def generate(
         if not copy.is_dir():  # a run may put another model in its place while this one answers
             with atomic_folder(copy) as scratch:
                 shutil.copytree(model, scratch, dirs_exist_ok=True)
-        # Its C++ prints an error of any actor of Ray Data: that its arguments are in the object store.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         with ray_session(num_workers or 1, 1):
             rows = _scan(kind, files)
             _check_columns(rows, task, settings)

@@ -78,20 +78,23 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        here = psutil.Process()
         while not self.stopped.wait(0.5):
-            total = 0
-            for process in [here, *here.children(recursive=True)]:
-                try:
-                    memory = process.memory_info()
-                    total += memory.rss - memory.shared
-                except psutil.Error:
-                    continue
-            self.peak_bytes = max(self.peak_bytes, total)
+            self._look()
+
+    def _look(self) -> None:
+        here, total = psutil.Process(), 0
+        for process in [here, *here.children(recursive=True)]:
+            try:
+                memory = process.memory_info()
+                total += memory.rss - memory.shared
+            except psutil.Error:
+                continue
+        self.peak_bytes = max(self.peak_bytes, total)
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.thread.join()
+        self._look()  # a block may be shorter than the time between two looks
 
 
 def bare(corpus: Path, tokenizer: str) -> float:

@@ -27,7 +27,7 @@ def load(name: str) -> dict[str, Any]:
         (["http_options", "prt"], 80, "no field 'prt'"),
         (["applications", 0, "import_path"], "serve.app:", "import"),
         (["applications", 0, "args", "num_step"], 3, "num_step"),
-        (["applications", 0, "args", "max_ongoing_requests"], 8, "max_batch_size"),
+        (["applications", 0, "args", "max_batch_size"], 0, "max_batch_size"),
         (["applications", 0, "deployments", 0, "replicas"], 3, "no field 'replicas'"),
         (["applications", 0, "deployments", 0, "autoscaling_config", "max_replicas"], 0, "max_replicas"),
         (["applications", 0, "deployments", 0, "autoscaling_config", "max_replica"], 3, "no field 'max_replica'"),
@@ -65,7 +65,7 @@ def test_gpu_replicas_follow_the_requests_between_one_and_eight():
     # Else a replica would refuse requests before the autoscaler asks for another.
     assert scaling.target_ongoing_requests is not None
     assert application.args["max_batch_size"] <= scaling.target_ongoing_requests
-    assert scaling.target_ongoing_requests <= application.args["max_ongoing_requests"]
+    assert scaling.target_ongoing_requests <= application.args["max_queued_requests"]
 
 
 def test_cpu_config_is_one_replica():
