@@ -40,7 +40,7 @@ from pipelines.tracking import Tracker, check_tracking
 from yan_core.config import RunConfig, unknown_name
 from yan_core.files import atomic_folder, write_file
 
-SETTINGS_OF_A_VARIANT = ("label", "settings")
+SETTINGS_OF_A_VARIANT = ("label", "settings", "compute")
 
 KEPT = ("data", "tokenizer", "seed", "name", "runs_dir", "init_from")
 """What all contestants have in common."""
@@ -79,8 +79,8 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[st
         runs, configs = {}, {}
         for name, contestant in contestants.items():
             own = entered(name, contestant, config, size)
-            if contestant.settings:
-                own = with_compute(own, prepared, budget)
+            if not contestant.is_the_run_compared:
+                own = with_compute(own, prepared, {stage: contestant.compute * of for stage, of in budget.items()})
                 share_prepared(config, own)
             say(f"\n{contestant.label}: {own.stages.finetune.max_steps} steps of fine-tuning")
             configs[name], runs[name] = own, run(own)
@@ -127,7 +127,7 @@ def publish(report: dict[str, Any], config: RunConfig, folder: Path) -> None:
 
 
 def read_variants(path: str) -> dict[str, Contestant]:
-    """Contestants of a YAML file: name -> `label` and `settings`, nested or dotted, that differ from the run compared.
+    """Contestants of a YAML file: name -> `label`, `settings` (nested or dotted) that differ, `compute` as a multiple.
 
     Raises:
         UsageError: If the file is not there or holds something else.
@@ -136,12 +136,17 @@ def read_variants(path: str) -> dict[str, Contestant]:
         raise UsageError(f"--variants: no file {path!r}")
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not values:
-        raise UsageError(f"--variants {path}: must map names to `label` and `settings`")
+        raise UsageError(f"--variants {path}: must map names to `label`, `settings` and `compute`")
     found = {}
     for name, value in values.items():
         unknown = set(value) - set(SETTINGS_OF_A_VARIANT) if isinstance(value, dict) else {"?"}
-        if unknown or not isinstance(value.get("settings", {}), dict):
-            raise UsageError(f"--variants {path}: {name} must have `label` and `settings`, got {value!r}")
+        compute = value.get("compute", 1.0) if isinstance(value, dict) else 1.0
+        positive = isinstance(compute, int | float) and compute > 0
+        if unknown or not isinstance(value.get("settings", {}), dict) or not positive:
+            raise UsageError(
+                f"--variants {path}: {name} must have `label`, `settings` and `compute` (a multiple above 0), "
+                f"got {value!r}"
+            )
         settings: dict[str, Any] = {}
         for key, setting in value.get("settings", {}).items():
             for part in reversed(str(key).split(".")):
@@ -153,7 +158,7 @@ def read_variants(path: str) -> dict[str, Contestant]:
                 f"--variants {path}: {name} must have a name of its own and leave {', '.join(KEPT)} as they are in the "
                 f"run compared; got {', '.join(kept) or 'the name of a contestant'}"
             )
-        found[str(name)] = Contestant(str(value.get("label", name)), settings)
+        found[str(name)] = Contestant(str(value.get("label", name)), settings, float(compute))
     return found
 
 

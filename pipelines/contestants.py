@@ -32,10 +32,17 @@ class Contestant:
     Attributes:
         label: What it is called in tables and pictures.
         settings: What its run has other than the run compared, nested as in a YAML file.
+        compute: Its compute of training, as a multiple of that of the run compared.
     """
 
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
+    compute: float = 1.0
+
+    @property
+    def is_the_run_compared(self) -> bool:
+        """Whether it differs in nothing."""
+        return not self.settings and self.compute == 1.0
 
     @property
     def family(self) -> str:
@@ -81,7 +88,7 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
         config: The run compared.
         size: Parameters for a baseline.
     """
-    if not contestant.settings:
+    if contestant.is_the_run_compared:
         return config
     changes = merged(contestant.settings, {"name": f"{config.name}-{name}", "tracking": {"model_name": ""}})
     if contestant.family:
@@ -203,6 +210,7 @@ def entry(
     return {
         "label": contestant.label,
         "settings": contestant.settings,
+        "compute": contestant.compute,
         "family": contestant.family or "yan",
         "parameters": trained.num_parameters(),
         "parameters_without_embeddings": trained.num_parameters(embeddings=False),

@@ -118,7 +118,7 @@ def pictures(report: Report) -> dict[str, Figure]:
 def headline(report: Report) -> str:
     """How YAN at three steps stands to the best baseline, in points of the main metric."""
     of_yan = report["contestants"].get("yan")
-    baselines = [of for of in report["contestants"].values() if of["family"] != "yan"]
+    baselines = [of for of in report["contestants"].values() if of["family"] != "yan" and of.get("compute", 1.0) == 1.0]
     if of_yan is None or not baselines:
         return ""
     ours = main_quality(of_yan)
@@ -142,7 +142,8 @@ def page(reports: Sequence[Report]) -> str:
         "# Results\n",
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md` from what `yan compare` "
         "or `pipelines.benchmarks.quality_gpu` measured; no figure is typed by hand. Every contestant of a table was "
-        "trained on the same rows with the same tokenizer, for the same number of floating-point operations. "
+        "trained on the same rows with the same tokenizer, for the same number of floating-point operations where its "
+        "label names no multiple. "
         "Parameters are those of the layers + those of embeddings, positions and vocabulary head; passes are the "
         "median of requests alone. Every model finds the end of an answer itself; *told length* is what it would "
         "reach if it were told. Intervals are over validation "

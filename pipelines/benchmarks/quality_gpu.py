@@ -111,7 +111,7 @@ def planned(
         say(f"{name}: the pack or the settings have changed, it is trained anew")
     shutil.rmtree(folder, ignore_errors=True)
     own, spent = entered(name, contestant, config, flow_parameters(config, packed.tokenizer.vocab_size)), budget()
-    if contestant.settings:
+    if not contestant.is_the_run_compared:
         own = with_compute(own, packed, spent)
         spent = training_flops(own, packed)
     flops = sum(spent.values())
