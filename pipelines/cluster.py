@@ -20,8 +20,6 @@ def quiet_ray() -> None:
     """Keep Ray's progress bars and routine log lines off the terminal; errors still come as exceptions."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    # Its C++ writes errors that are none: a metrics agent that is slow to start, arguments in the object store.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the traceback of every exception it raises
@@ -45,19 +43,43 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
+        with _quiet_backend():
+            ray.init(**common)
     else:
         logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # else it warns of "too many" workers
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node is taken from a local session
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # no news of a worker waits for two seconds
-        ray.init(address="local", num_cpus=logical, include_dashboard=False, **common)
+        with _quiet_backend():
+            ray.init(address="local", num_cpus=logical, include_dashboard=False, **common)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has put its own in its place
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _quiet_backend() -> Iterator[None]:
+    """Around ray.init: its C++ keeps to itself what is no error, such as that an actor's arguments are large.
+
+    It reads its level while it starts, and then says on the terminal that it did; what goes wrong is an exception.
+    """
+    level = "RAY_BACKEND_LOG_LEVEL"
+    if level in os.environ:
+        yield
+        return
+    os.environ[level] = "fatal"
+    terminal = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        del os.environ[level]
 
 
 @ray.remote(num_cpus=0)

@@ -25,6 +25,7 @@ from ray import serve as ray_serve
 import psutil  # isort: skip # pyright: ignore[reportMissingModuleSource]
 
 from serve.auth import load_keys, refuse_open_server
+from serve.ingress import described, private_haproxy
 from serve.registry import find_version, is_registered
 from serve.schemas import AppArgs
 from yan_core.checkpoint import read_config
@@ -66,7 +67,8 @@ def serve_blocking(
         with running_server(args, host, port, ray_address, timeout_s) as url:
             signal.signal(signal.SIGTERM, stop)  # ray.init has put its own in its place
             print(
-                f"ready after {time.monotonic() - started:.0f} s at {url} (Ctrl-C stops it; {url}/docs lists the API)\n"
+                f"ready after {time.monotonic() - started:.0f} s at {url} (Ctrl-C stops it; {url}/docs lists the API; "
+                f"behind {described()})\n"
                 f"  curl {url}/v1/generate -H 'Content-Type: application/json' -d '{json.dumps({'source': '...'})}'",
                 flush=True,
             )
@@ -96,16 +98,17 @@ def running_server(
     _quiet()
     own_ray = not ray.is_initialized()
     own_serve, others = False, _ray_family()
-    try:
-        if own_ray:
-            _start_ray(args, ray_address)
-        _refuse_second_serve()
-        own_serve = True
-        url = _deploy(args, host, port, timeout_s)
-        yield url
-    finally:
-        with _signals_ignored():
-            _stop(own_serve, own_ray, others)
+    with private_haproxy():
+        try:
+            if own_ray:
+                _start_ray(args, ray_address)
+            _refuse_second_serve()
+            own_serve = True
+            url = _deploy(args, host, port, timeout_s)
+            yield url
+        finally:
+            with _signals_ignored():
+                _stop(own_serve, own_ray, others)
 
 
 def _check_model(args: AppArgs) -> None:
@@ -135,7 +138,6 @@ def _free_port(host: str, port: int) -> int:
 def _quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ complains of a metrics agent that is slow to start
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

