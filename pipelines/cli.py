@@ -254,7 +254,18 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
-SERVE_ARGS = ("api_keys_file", "requests_per_minute", "access_log", "log_prompts", "deterministic")
+SERVE_ARGS = (
+    "api_keys_file",
+    "requests_per_minute",
+    "access_log",
+    "log_prompts",
+    "deterministic",
+    "max_replicas",
+    "max_batch_size",
+    "max_queued_requests",
+    "more_models",
+    "any_registered",
+)
 """Arguments of the app that `yan serve` passes on where they are given."""
 
 
@@ -276,8 +287,15 @@ def _serve(args: list[str]) -> int:
     more.add_argument("--access-log", metavar="FILE", help="one JSON line a request; default: with Ray's logs")
     more.add_argument("--log-prompts", action="store_true", help="the access log holds what was asked")
     more.add_argument("--deterministic", action="store_true", help="the same text to the last bit in any company")
+    more.add_argument(
+        "--max-replicas", type=int, help="most copies, as many as the requests need; --replicas: the fewest"
+    )
+    more.add_argument("--max-batch-size", type=int, help="most sources of a batch")
+    more.add_argument("--max-queued-requests", type=int, help="most sources that wait in a replica; then status 503")
+    more.add_argument("--more-models", nargs="+", metavar="MODEL", help="other models, as --model names them")
+    more.add_argument("--any-registered", action="store_true", help="requests may name any model of the registry")
     chosen = parser.parse_args(args)
-    _at_least_one(chosen, "num_steps", "replicas", "port")
+    _at_least_one(chosen, "num_steps", "port")
     given = {key: value for key, value in vars(chosen).items() if key in SERVE_ARGS}
     import importlib
 

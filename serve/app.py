@@ -4,6 +4,7 @@
 """
 
 # No `from __future__ import annotations` here: Serve reads the annotations as objects.
+import asyncio
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,55 @@ import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 
 from serve.auth import load_keys, refuse_open_server
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.models import Models, ServedModel, pools
-from serve.registry import is_registered, registry_uri, resolve
+from serve.models import ServedModel, pools
+from serve.pool import Models
+from serve.registry import find_version, is_registered, registry_uri, resolve, version_name
 from serve.routes import create_api
 from serve.schemas import AppArgs
 
 logger = logging.getLogger(__name__)
+
+
+class Shelf:
+    """Where a replica's models come from: folders and a registry. They share the threads of the replica."""
+
+    def __init__(self, args: AppArgs, metrics: Metrics) -> None:
+        """Load nothing yet.
+
+        Args:
+            args: Arguments of the app.
+            metrics: What the models count in.
+        """
+        self.args, self.metrics = args, metrics
+        self._draws, self._texts = pools()
+
+    def load(self, address: str) -> ServedModel:
+        """Load a model and generate with it.
+
+        Raises:
+            ValueError: If it cannot be found or read.
+            RuntimeError: If it cannot generate.
+        """
+        args = self.args
+        found = resolve(address, args.tracking_uri)
+        engine = Engine(
+            found.folder,
+            max_batch_size=args.max_batch_size,
+            max_batch_tokens=args.max_batch_tokens,
+            max_source_chars=args.max_source_chars,
+            device="cuda" if args.use_gpu else "cpu",
+        )
+        logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
+        return ServedModel(found.name, engine, self.metrics, args.max_queued_requests, self._draws, self._texts)
+
+    def current(self, address: str) -> str:
+        """Name of the version that an address of the registry stands for now."""
+        return version_name(find_version(address, self.args.tracking_uri))
 
 
 @ray_serve.deployment(name="yan", logging_config={"enable_access_log": False})
@@ -44,16 +84,16 @@ class Server:
         torch.set_num_threads(max(1, int(args.cpus_per_replica)))
         self.args, self.keys = args, keys
         self.metrics = Metrics(ray_serve.get_replica_context().replica_id.unique_id)
-        found = resolve(args.model, args.tracking_uri)
-        engine = Engine(
-            found.folder,
-            max_batch_size=args.max_batch_size,
-            max_batch_tokens=args.max_batch_tokens,
-            max_source_chars=args.max_source_chars,
-            device="cuda" if args.use_gpu else "cpu",
+        shelf = Shelf(args, self.metrics)
+        self.models = Models(
+            {address: shelf.load(address) for address in (args.model, *args.more_models)},
+            shelf,
+            any_registered=args.any_registered,
+            most=args.max_models,
+            retry_s=args.refresh_s,
         )
-        logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
-        self.models = Models([ServedModel(found.name, engine, self.metrics, args.max_queued_requests, *pools())])
+        if any(map(is_registered, (args.model, *args.more_models))) or args.any_registered:
+            self._fresh = asyncio.create_task(self.models.keep_fresh(args.refresh_s))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Asked by Serve after __init__."""
@@ -72,19 +112,41 @@ def build_app(args: AppArgs) -> Application:
         args: Its arguments; a relative model folder or SQLite registry is taken from the folder this runs in, and the
             file of keys is read here.
     """
-    if is_registered(args.model):
+    model, *more = (_absolute(model) for model in (args.model, *args.more_models))
+    args = args.model_copy(update={"model": model, "more_models": tuple(more)})
+    if args.any_registered or any(map(is_registered, (model, *more))):
         args = args.model_copy(update={"tracking_uri": registry_uri(args.tracking_uri)})
-    elif Path(args.model).exists():
-        args = args.model_copy(update={"model": str(Path(args.model).absolute())})
     if args.access_log:
         args = args.model_copy(update={"access_log": str(Path(args.access_log).absolute())})
     # The replica's own queue is the one that fills up: it knows how long it takes and which work is given up. Serve's
     # limits are behind it, where refusing alone is too much.
     most = 4 * (args.max_queued_requests + args.max_batch_size)
     return Server.options(  # type: ignore[attr-defined]
-        num_replicas=args.num_replicas,
+        **replicas(args),
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config={"retry_after_s": 1},
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": int(args.use_gpu)},
     ).bind(args, load_keys(args.api_keys_file))
+
+
+def replicas(args: AppArgs) -> dict[str, Any]:
+    """Serve's options on how many replicas there are."""
+    if not args.max_replicas:
+        return {"num_replicas": args.num_replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=args.num_replicas,
+        max_replicas=args.max_replicas,
+        initial_replicas=max(1, args.num_replicas),  # so that a model that does not work is told at once
+        target_ongoing_requests=args.max_batch_size,  # a full batch: more of them wait
+        upscale_delay_s=args.upscale_delay_s,
+        downscale_delay_s=args.downscale_delay_s,
+        metrics_interval_s=1.0,
+        look_back_period_s=max(2.0, min(30.0, args.upscale_delay_s)),
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
+
+
+def _absolute(model: str) -> str:
+    """A folder by its absolute path, as replicas have another working directory; an address as it is."""
+    return model if is_registered(model) or not Path(model).exists() else str(Path(model).absolute())

@@ -87,6 +87,11 @@ class Batcher:
         return len(self._waiting)
 
     @property
+    def busy(self) -> bool:
+        """Whether there is work."""
+        return bool(self._waiting or self._running)
+
+    @property
     def expected_wait_s(self) -> float:
         """How long a new job will wait, by the speed of the latest batches.
 

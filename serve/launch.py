@@ -93,7 +93,7 @@ def running_server(
         Its base URL, once a generation has worked.
     """
     refuse_open_server(host, load_keys(args.api_keys_file))
-    _check_model(args)
+    _check_models(args)
     port = _free_port(host, port)
     _quiet()
     own_ray = not ray.is_initialized()
@@ -111,11 +111,12 @@ def running_server(
                 _stop(own_serve, own_ray, others)
 
 
-def _check_model(args: AppArgs) -> None:
-    if is_registered(args.model):
-        find_version(args.model, args.tracking_uri)
-    else:
-        read_config(args.model)
+def _check_models(args: AppArgs) -> None:
+    for model in (args.model, *args.more_models):
+        if is_registered(model):
+            find_version(model, args.tracking_uri)
+        else:
+            read_config(model)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -156,13 +157,13 @@ def _start_ray(args: AppArgs, ray_address: str | None) -> None:
     # Serve kills a proxy that is not up in 5 s, and on a busy machine every other one after it.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # CPUs are logical: two replicas on one core are slow, not impossible. The store holds no data of ours.
-    logical = max(os.cpu_count() or 1, math.ceil(args.num_replicas * args.cpus_per_replica))
+    logical = max(os.cpu_count() or 1, math.ceil(args.most_replicas * args.cpus_per_replica))
     ray.init(address="local", num_cpus=logical, object_store_memory=256 * 2**20, include_dashboard=False, **common)
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if args.use_gpu and gpus < args.num_replicas:
+    if args.use_gpu and gpus < args.most_replicas:
         raise LaunchError(
-            f"use_gpu=true with num_replicas={args.num_replicas} needs {args.num_replicas} GPUs, Ray sees {gpus} here; "
-            "lower num_replicas or set use_gpu=false"
+            f"use_gpu=true with {args.most_replicas} replicas needs as many GPUs, Ray sees {gpus} here; have fewer "
+            "replicas or set use_gpu=false"
         )
 
 

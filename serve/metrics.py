@@ -7,6 +7,7 @@ several, Ray's own exporter has Serve's metrics of all of them.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 
@@ -48,6 +49,7 @@ class Metrics:
         self._queue = Gauge("yan_queue_size", "Sources that wait.", [*labels, "model"], registry=self.registry)
         self._nfe = counter("yan_nfe_total", "Trunk passes, one for each candidate of each source.", "model")
         self._tokens = counter("yan_tokens_total", "Tokens read (source) and written (answer).", "model", "kind")
+        self._refused = counter("yan_versions_refused_total", "New versions that do not work, by address.", "address")
         self._experts = counter("yan_expert_tokens_total", "Tokens written by each expert.", "model", "expert")
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -58,6 +60,15 @@ class Metrics:
     def watch_queue(self, model: str, size: Callable[[], int]) -> None:
         """Ask for the length of a model's queue whenever metrics are read."""
         self._queue.labels(self._replica, model).set_function(size)
+
+    def forget_queue(self, model: str) -> None:
+        """The model is gone."""
+        with contextlib.suppress(KeyError):
+            self._queue.remove(self._replica, model)
+
+    def refused(self, address: str) -> None:
+        """Count a version that an alias stands for and that does not work."""
+        self._refused.labels(self._replica, address).inc()
 
     def batch(self, model: str, jobs: Sequence[Job], seconds: float) -> None:
         """Count a batch."""

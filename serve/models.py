@@ -1,4 +1,4 @@
-"""A model behind its queue, text in and text out, with the time that each part took; and the models of a replica."""
+"""A model behind its queue: text in and text out, with the time that each part took."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.batching import Batcher, Result, Ticket
 from serve.engine import Engine, Job, Settings
-from serve.errors import FieldError, NotFound, shown
+from serve.errors import FieldError
 from serve.metrics import Metrics
 from yan_core.generator import Candidate
 from yan_core.tokenization import Encoding
@@ -101,6 +101,10 @@ class ServedModel:
             observe=lambda jobs, seconds: metrics.batch(name, jobs, seconds),
         )
         metrics.watch_queue(name, lambda: self.batcher.queued)
+
+    def retire(self) -> None:
+        """Another takes its place; what it has begun it ends."""
+        self.metrics.forget_queue(self.name)
 
     async def ask(
         self,
@@ -238,38 +242,6 @@ class Asked:
             yield (await answer)[0]
         finally:
             answer.cancel()
-
-
-class Models:
-    """The models of a replica by name."""
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        """Hold at least one; the first is the one that answers requests which name none."""
-        self.all = {model.name: model for model in models}
-        self.first = models[0]
-
-    @property
-    def ready(self) -> bool:
-        """Whether every model answers."""
-        return all(model.engine.ready for model in self.all.values())
-
-    def get(self, name: str | None) -> ServedModel:
-        """The model of a name.
-
-        Raises:
-            NotFound: If there is none.
-        """
-        if name is None:
-            return self.first
-        if name not in self.all:
-            known = sorted(self.all)
-            raise NotFound(
-                f"there is no model {shown(name)}; there is {', '.join(known)}",
-                param="model",
-                code="model_not_found",
-                allowed=known,
-            )
-        return self.all[name]
 
 
 def pools() -> tuple[Executor, Executor]:

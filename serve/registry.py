@@ -99,6 +99,11 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
     return versions[version]
 
 
+def version_name(version: ModelVersion) -> str:
+    """What answers call a registered version."""
+    return f"{version.name}/{version.version}"
+
+
 def resolve(model: str, tracking_uri: str = "") -> Found:
     """A local folder for a model; fetches it where it is registered elsewhere.
 
@@ -121,7 +126,7 @@ def resolve(model: str, tracking_uri: str = "") -> Found:
     from mlflow.exceptions import MlflowException
 
     uri = registry_uri(tracking_uri)
-    name = f"{version.name}/{version.version}"
+    name = version_name(version)
     # Globally: MLflow 3.17 asks the global registry for a part of it whatever download_artifacts is told.
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)

@@ -32,8 +32,9 @@ from serve.errors import (
 from serve.gate import Gate, access_log
 from serve.limits import BodyLimit, RateLimit
 from serve.metrics import Metrics
-from serve.models import Answer, Models, ServedModel, Step
+from serve.models import Answer, ServedModel, Step
 from serve.openai_api import Completion, CompletionRequest, ModelCard, ModelList
+from serve.pool import Models
 from serve.schemas import (
     AppArgs,
     GenerateRequest,
@@ -135,7 +136,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     async def generate(body: GenerateRequest, request: Request) -> Any:
         """Answer a text; with `stream`, give the whole text after every solver step before."""
         begun = time.perf_counter()
-        model = models.get(body.model)
+        model = await models.get(body.model, timeout_of(body.timeout_s))
         settings = settings_of(body, model)
         source = source_of(body, model)
         asked = await model.ask(
@@ -182,7 +183,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     )
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Answer prompts as OpenAI's completions API does."""
-        model = models.get(body.model)
+        model = await models.get(body.model, timeout_of(body.timeout_s))
         sources = openai_api.sources_of(body, model)
         settings = openai_api.settings_of(body, model, args.num_steps, args.deterministic)
         asked = await model.ask(
@@ -216,7 +217,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     )
     async def show_model(name: str) -> ModelCard:
         """One of them."""
-        return openai_api.card(models.get(name))
+        return openai_api.card(await models.get(name, args.request_timeout_s))
 
     @api.get("/healthz", tags=["Operation"])
     async def healthz() -> Status:

@@ -51,10 +51,24 @@ class AppArgs(BaseModel):
 
     model: Annotated[str, Field(min_length=1)]
     """Model folder, or `models:/name@alias` or `models:/name/version` in an MLflow registry."""
+    more_models: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Other models, named as `model` is, that are loaded from the start too."""
+    any_registered: bool = False
+    """Whether a request may name any model of the registry, `name@alias` or `name/version`, which is then loaded."""
+    max_models: Annotated[int, Field(ge=1)] = 4
+    """Most models in a replica's memory; one more, and the one that was not asked for the longest goes."""
+    refresh_s: Annotated[float, Field(gt=0)] = 10.0
+    """How often a replica looks whether an alias of its models has moved to another version."""
     tracking_uri: str = ""
-    """Registry of a `models:/` model; empty: MLFLOW_TRACKING_URI."""
-    num_replicas: Annotated[int, Field(ge=1)] = 1
-    """Copies of the model."""
+    """Registry of `models:/` models; empty: MLFLOW_TRACKING_URI."""
+    num_replicas: Annotated[int, Field(ge=0)] = 1
+    """Copies of the app; with max_replicas the fewest, which may be 0."""
+    max_replicas: Annotated[int, Field(ge=0)] = 0
+    """Most copies, as many as the requests need; 0: always num_replicas."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    """How long there must be too many requests for the replicas before there is another."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
+    """How long there must be too few before one goes."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs a replica reserves; its PyTorch threads follow."""
     use_gpu: bool = False
@@ -85,6 +99,20 @@ class AppArgs(BaseModel):
     """Whether the access log holds the texts that were asked."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may ask, such as https://example.org; none by default."""
+
+    @model_validator(mode="after")
+    def _scales(self) -> AppArgs:
+        least = max(1, self.num_replicas)
+        if self.max_replicas and self.max_replicas < least:
+            raise ValueError(f"max_replicas must be 0 or >= num_replicas={self.num_replicas}, got {self.max_replicas}")
+        if not self.max_replicas and not self.num_replicas:
+            raise ValueError("num_replicas must be >= 1 without max_replicas, got 0")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """As many copies as there may be."""
+        return max(self.num_replicas, self.max_replicas)
 
 
 class GenerateRequest(BaseModel):

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.models import Models, ServedModel, pools
+from serve.models import ServedModel, pools
+from serve.pool import Models
 from serve.routes import create_api
 from serve.schemas import AppArgs
 from yan_core.checkpoint import save_pretrained

@@ -31,3 +31,12 @@ def test_a_registry_must_be_named(monkeypatch):
 def test_keys_are_read_where_the_app_is_built(model_folder, tmp_path):
     with pytest.raises(ValueError, match="api_keys_file=.* cannot be read"):
         build_app(AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "nowhere")))
+
+
+def test_replicas_follow_the_requests_where_there_may_be_several(model_folder):
+    app = build_app(AppArgs(model=str(model_folder), num_replicas=0, max_replicas=3, max_batch_size=8))
+    config = app._bound_deployment._deployment_config
+    scaling = config.autoscaling_config
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (0, 1, 3)
+    assert scaling.target_ongoing_requests == 8 < config.max_ongoing_requests

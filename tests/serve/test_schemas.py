@@ -21,7 +21,15 @@ def test_app_args_take_the_strings_of_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"replicas": 2}, {"num_replicas": 0}, {"num_steps": 65}, {"model": ""}, {"max_queued_requests": 0}]
+    "wrong",
+    [
+        {"replicas": 2},
+        {"num_replicas": 0},
+        {"max_replicas": 1, "num_replicas": 2},
+        {"num_steps": 65},
+        {"model": ""},
+        {"max_queued_requests": 0},
+    ],
 )
 def test_app_args_refuse(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):

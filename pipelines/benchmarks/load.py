@@ -1,0 +1,191 @@
+"""Requests to a server at a chosen rate or from a chosen number of clients, and what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+Body = Callable[[int], dict[str, Any]]
+"""The JSON body of the i-th request."""
+FAILED = 0
+"""Status of a request that had no answer."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request.
+
+    Attributes:
+        at_s: When it was due, from the start of the load; in a closed loop, when it was sent.
+        latency_s: From then until its whole answer was there: what waits in the client counts.
+        status: HTTP status; FAILED: none came.
+        batch_size: Sources of its batch, where the answer says.
+    """
+
+    at_s: float
+    latency_s: float
+    status: int
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """All requests of a load.
+
+    Attributes:
+        samples: In the order in which they ended.
+        seconds: From the first request until the last answer.
+    """
+
+    samples: list[Sample]
+    seconds: float
+
+    @property
+    def good(self) -> list[Sample]:
+        """Those with status 200."""
+        return [s for s in self.samples if s.status == 200]
+
+    def latency_ms(self, quantile: float) -> float | None:
+        """A quantile of the latencies of answers; None: there was none."""
+        found = sorted(s.latency_s for s in self.good)
+        return 1000 * found[min(len(found) - 1, int(quantile * len(found)))] if found else None
+
+    def summary(self, limit_ms: float | None = None) -> dict[str, Any]:
+        """Its figures, ready for JSON.
+
+        Args:
+            limit_ms: Goodput counts answers within it.
+        """
+        good = self.good
+        within = [s for s in good if limit_ms is None or 1000 * s.latency_s <= limit_ms]
+        sizes = [s.batch_size for s in good if s.batch_size]
+        statuses = Counter(s.status for s in self.samples)
+        return {
+            "requests": len(self.samples),
+            "seconds": self.seconds,
+            "answers_per_s": len(good) / self.seconds,
+            "goodput_per_s": len(within) / self.seconds,
+            "goodput_limit_ms": limit_ms,
+            "p50_ms": self.latency_ms(0.5),
+            "p95_ms": self.latency_ms(0.95),
+            "p99_ms": self.latency_ms(0.99),
+            "statuses": {str(status): count for status, count in sorted(statuses.items())},
+            "mean_batch_size": statistics.mean(sizes) if sizes else None,
+        }
+
+
+def closed_loop(url: str, body: Body, clients: int, seconds: float, headers: dict[str, str] | None = None) -> Load:
+    """So many clients, each of which asks again when it has its answer.
+
+    Args:
+        url: Where to POST.
+        body: Of each request.
+        clients: How many.
+        seconds: No request begins after that.
+        headers: Of each request.
+    """
+
+    async def run() -> Load:
+        count = 0
+        async with _Session(headers) as session:
+            started = time.perf_counter()
+            samples: list[Sample] = []
+
+            async def client() -> None:
+                nonlocal count
+                while (now := time.perf_counter()) - started < seconds:
+                    number, count = count, count + 1
+                    samples.append(await session.ask(url, body(number), started, now))
+
+            await asyncio.gather(*(client() for _ in range(clients)))
+            return Load(samples, time.perf_counter() - started)
+
+    return asyncio.run(run())
+
+
+def open_loop(
+    url: str, body: Body, phases: Sequence[tuple[float, float]], seed: int = 0, headers: dict[str, str] | None = None
+) -> list[Load]:
+    """Poisson arrivals that do not wait for answers, at one rate after the other.
+
+    Args:
+        url: Where to POST.
+        body: Of each request.
+        phases: Requests a second and seconds of each; there is no pause between two.
+        seed: Of the times of arrival.
+        headers: Of each request.
+
+    Returns:
+        The load of each phase: the requests that were due in it.
+    """
+    rng = random.Random(seed)
+    due: list[tuple[int, float]] = []
+    begin = 0.0
+    for phase, (rate, seconds) in enumerate(phases):
+        at = begin + rng.expovariate(rate)
+        while at < begin + seconds:
+            due.append((phase, at))
+            at += rng.expovariate(rate)
+        begin += seconds
+
+    async def run() -> list[list[Sample]]:
+        samples: list[list[Sample]] = [[] for _ in phases]
+        async with _Session(headers) as session:
+            started = time.perf_counter()
+
+            async def one(number: int, phase: int, at: float) -> None:
+                samples[phase].append(await session.ask(url, body(number), started, started + at))
+
+            tasks = []
+            for number, (phase, at) in enumerate(due):
+                wait = started + at - time.perf_counter()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                tasks.append(asyncio.create_task(one(number, phase, at)))
+            await asyncio.gather(*tasks)
+        return samples
+
+    found = asyncio.run(run())
+    return [Load(samples, seconds) for samples, (_, seconds) in zip(found, phases, strict=True)]
+
+
+class _Session:
+    """Connections that are kept, as many as there are requests at once."""
+
+    def __init__(self, headers: dict[str, str] | None) -> None:
+        self._headers = headers
+
+    async def __aenter__(self) -> _Session:
+        connector = aiohttp.TCPConnector(limit=0)
+        self._client = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def ask(self, url: str, body: dict[str, Any], started: float, due: float) -> Sample:
+        status, batch_size = FAILED, 0
+        try:
+            async with self._client.post(url, json=body, timeout=aiohttp.ClientTimeout(60)) as answer:
+                found = await answer.read()
+                status = answer.status
+            if status == 200:
+                batch_size = _batch_size(found)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            pass
+        return Sample(due - started, time.perf_counter() - due, status, batch_size)
+
+
+def _batch_size(answer: bytes) -> int:
+    """What the JSON of /v1/generate says, without parsing all of it."""
+    key = b'"batch_size":'
+    at = answer.find(key)
+    return int(answer[at + len(key) :].split(b",", 1)[0]) if at >= 0 else 0

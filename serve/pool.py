@@ -1,0 +1,226 @@
+"""The models of a replica by name: some from the start, others of the registry when they are first asked for.
+
+A model of the registry that is named by an alias follows it: when the alias moves, the new version is loaded and warmed
+up beside the old one, then takes its place for what comes; what the old one has begun it ends. A version that cannot be
+loaded or cannot generate is refused, and the old one stays.
+
+Not Serve's multiplexing, which routes by a header at Serve's own proxy: HAProxy hands requests to replicas directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from serve.errors import NotFound, Overloaded, ServerError, shown
+from serve.models import ServedModel
+from serve.registry import SCHEME, RegistryError, is_registered
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """Where models come from; its methods block."""
+
+    def load(self, address: str) -> ServedModel:
+        """Load a model and generate with it; raises whatever is wrong."""
+        ...
+
+    def current(self, address: str) -> str:
+        """Name of the version that an address of the registry stands for now.
+
+        Raises:
+            RegistryError: If it is not there or the registry cannot be read.
+        """
+        ...
+
+
+@dataclass
+class _Held:
+    model: ServedModel
+    pinned: bool
+    used_s: float = field(default_factory=time.monotonic)
+    refused: str = ""
+    """The version that its alias stands for and that does not work."""
+
+
+class Models:
+    """All models of a replica; its methods run on one event loop."""
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel] | Mapping[str, ServedModel],
+        source: Source | None = None,
+        *,
+        any_registered: bool = False,
+        most: int = 4,
+        retry_s: float = 10.0,
+    ) -> None:
+        """Hold at least one; the first is the one that answers requests which name none.
+
+        Args:
+            models: Those that stay, by address where they have one.
+            source: Where others and newer versions come from.
+            any_registered: Whether a request may name any model of the registry.
+            most: Most models in memory; then the one that was not asked for the longest goes.
+            retry_s: A model that could not be loaded is not tried again for so long.
+        """
+        by_address = models if isinstance(models, Mapping) else {model.name: model for model in models}
+        self._held = {address: _Held(model, pinned=True) for address, model in by_address.items()}
+        self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
+        self._first = next(iter(self._held.values()))
+        self._loading: dict[str, asyncio.Task[_Held]] = {}
+        self._failed: dict[str, tuple[float, NotFound | ServerError]] = {}
+        self._one_at_a_time = asyncio.Lock()  # there is memory for one more, not for any number
+        self._loader = ThreadPoolExecutor(1, "load")
+
+    @property
+    def all(self) -> dict[str, ServedModel]:
+        """The models in memory by the names that answers call them."""
+        return {held.model.name: held.model for held in self._held.values()}
+
+    @property
+    def first(self) -> ServedModel:
+        """The model of requests that name none."""
+        return self._first.model
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that stays answers."""
+        return all(held.model.engine.ready for held in self._held.values() if held.pinned)
+
+    async def get(self, name: str | None, timeout_s: float = 30.0) -> ServedModel:
+        """The model of a name: that of its answers, or its address with or without `models:/`.
+
+        Args:
+            name: None: the first.
+            timeout_s: How long it may take to load.
+
+        Raises:
+            NotFound: If there is none.
+            Overloaded: If there is no room for it now, or it takes too long.
+            ServerError: If it cannot be loaded.
+        """
+        if name is None:
+            return self.first
+        held = self._find(name)
+        if held is None and self._any_registered:
+            address = name if is_registered(name) else SCHEME + name
+            try:
+                async with asyncio.timeout(timeout_s):
+                    held = await self._loaded(address)
+            except TimeoutError:
+                raise Overloaded(f"{name} is being loaded; come again", code="loading", retry_after_s=1) from None
+        if held is None:
+            raise self._unknown(name)
+        held.used_s = time.monotonic()
+        return held.model
+
+    def _find(self, name: str) -> _Held | None:
+        for address in (name, SCHEME + name):
+            if address in self._held:
+                return self._held[address]
+        return next((held for held in self._held.values() if held.model.name == name), None)
+
+    def _unknown(self, name: str) -> NotFound:
+        known = sorted(self.all)
+        return NotFound(
+            f"there is no model {shown(name)}; there is {', '.join(known)}",
+            param="model",
+            code="model_not_found",
+            allowed=known,
+        )
+
+    async def _loaded(self, address: str) -> _Held:
+        """Load a model, once for all who wait for it."""
+        until, error = self._failed.get(address, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        if address not in self._loading:
+            self._loading[address] = asyncio.create_task(self._load(address))
+        return await asyncio.shield(self._loading[address])  # who leaves does not take it along
+
+    async def _load(self, address: str) -> _Held:
+        assert self._source is not None
+        try:
+            async with self._one_at_a_time:
+                self._make_room()
+                model = await self._in_thread(self._source.load, address)
+                held = self._held[address] = _Held(model, pinned=False)
+                return held
+        except Overloaded:
+            raise
+        except RegistryError as missing:
+            logger.info("%s was asked for: %s", address, missing)
+            error: NotFound | ServerError = self._unknown(address.removeprefix(SCHEME))
+        except Exception:
+            logger.exception("%s cannot be served", address)
+            name = shown(address.removeprefix(SCHEME))
+            error = ServerError(f"model {name} cannot be loaded; the log says why", code="model_not_loaded")
+        finally:
+            self._loading.pop(address, None)
+        if len(self._failed) >= 1000:
+            self._failed.clear()
+        self._failed[address] = (time.monotonic() + self._retry_s, error)
+        raise error
+
+    def _make_room(self) -> None:
+        """Let the model go that was not asked for the longest, if there are too many.
+
+        Raises:
+            Overloaded: If all of them are at work or stay.
+        """
+        if len(self._held) < self._most:
+            return
+        free = [
+            (held.used_s, address)
+            for address, held in self._held.items()
+            if not held.pinned and not held.model.batcher.busy
+        ]
+        if not free:
+            raise Overloaded(
+                f"all {self._most} models in memory are needed; come again later", code="models_full", retry_after_s=5
+            )
+        self._held.pop(min(free)[1]).model.retire()
+
+    async def refresh(self) -> None:
+        """Look where the aliases point, and put new versions in the place of old ones."""
+        assert self._source is not None
+        for address, held in list(self._held.items()):
+            if not is_registered(address) or "@" not in address:
+                continue
+            try:
+                name = await self._in_thread(self._source.current, address)
+            except RegistryError as error:
+                logger.warning("%s stays what it is: %s", address, error)
+                continue
+            if name in (held.model.name, held.refused):
+                continue
+            try:
+                model = await self._in_thread(self._source.load, address)
+            except Exception:
+                held.refused = name
+                held.model.metrics.refused(address)
+                logger.exception("%s is refused, %s goes on serving %s", name, address, held.model.name)
+                continue
+            old, held.model, held.refused = held.model, model, ""
+            old.retire()
+            logger.info("%s: %s takes the place of %s", address, model.name, old.name)
+
+    async def keep_fresh(self, every_s: float) -> None:
+        """Refresh for ever."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.refresh()
+            except Exception:  # the next look may work
+                logger.exception("the registry could not be looked at")
+
+    async def _in_thread(self, function: Callable[[str], T], address: str) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function, address)

@@ -1,0 +1,199 @@
+"""The models of a replica: loaded when asked for, replaced when their alias moves, dropped when there are too many."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.errors import NotFound, Overloaded, ServerError
+from serve.metrics import Metrics
+from serve.pool import Models
+from serve.registry import RegistryError
+
+CHAMPION = "models:/story@champion"
+
+
+class Shelf:
+    """A registry whose versions are given; models of it know their version alone."""
+
+    def __init__(self, **aliases: str) -> None:
+        self.aliases = {f"models:/{name.replace('__', '@')}": version for name, version in aliases.items()}
+        self.broken: set[str] = set()
+        self.loads: list[str] = []
+        self.free = threading.Event()
+        self.free.set()
+        self.metrics = Metrics("one")
+
+    def current(self, address: str) -> str:
+        if address not in self.aliases:
+            raise RegistryError(f"{address}: none")
+        return self.aliases[address]
+
+    def load(self, address: str) -> Any:
+        name = self.current(address)
+        self.loads.append(name)
+        assert self.free.wait(10)
+        if name in self.broken:
+            raise RuntimeError("cannot generate")
+        return model(name, self.metrics)
+
+
+def model(name: str, metrics: Metrics | None = None) -> Any:
+    found = SimpleNamespace(
+        name=name,
+        retired=False,
+        batcher=SimpleNamespace(busy=False),
+        engine=SimpleNamespace(ready=True),
+        metrics=metrics or Metrics("one"),
+    )
+    found.retire = lambda: setattr(found, "retired", True)
+    return found
+
+
+def names(models: Models) -> list[str]:
+    return list(models.all)
+
+
+def test_a_name_may_be_that_of_answers_or_the_address():
+    async def run() -> None:
+        models = Models({CHAMPION: model("story/3"), "/runs/world/model": model("world")})
+        found = [await models.get(n) for n in (None, "story/3", CHAMPION, "story@champion")]
+        assert [m.name for m in found] == ["story/3"] * 4
+        assert (await models.get("world")).name == "world"
+        with pytest.raises(NotFound, match="no model 'story/2'; there is story/3, world"):
+            await models.get("story/2")
+
+    asyncio.run(run())
+
+
+def test_a_registered_model_is_loaded_once_for_all_who_ask():
+    async def run() -> None:
+        shelf = Shelf(quiz__best="quiz/7")
+        models = Models([model("world")], shelf, any_registered=True)
+        shelf.free.clear()
+        asked = [asyncio.create_task(models.get("quiz@best")) for _ in range(5)]
+        with pytest.raises(Overloaded, match="is being loaded"):
+            await models.get("quiz@best", timeout_s=0.01)
+        shelf.free.set()
+        assert {m.name for m in await asyncio.gather(*asked)} == {"quiz/7"}
+        assert shelf.loads == ["quiz/7"]
+
+    asyncio.run(run())
+
+
+def test_what_the_registry_has_not_is_unknown_and_what_does_not_work_is_told():
+    async def run() -> None:
+        shelf = Shelf(quiz__best="quiz/7")
+        shelf.broken = {"quiz/7"}
+        models = Models([model("world")], shelf, any_registered=True)
+        with pytest.raises(NotFound, match="no model 'story@best'"):
+            await models.get("story@best")
+        for _ in range(3):
+            with pytest.raises(ServerError, match="'quiz@best' cannot be loaded; the log says why"):
+                await models.get("quiz@best")
+        assert shelf.loads == ["quiz/7"]  # and not again for a while
+        assert names(models) == ["world"]
+
+    asyncio.run(run())
+
+
+def test_the_registry_is_closed_unless_opened():
+    async def run() -> None:
+        with pytest.raises(NotFound):
+            await Models([model("world")], Shelf(quiz__best="quiz/7")).get("quiz@best")
+
+    asyncio.run(run())
+
+
+def test_the_one_that_was_not_asked_for_the_longest_goes():
+    async def run() -> None:
+        shelf = Shelf(a__x="a/1", b__x="b/1", c__x="c/1", d__x="d/1")
+        models = Models([model("world")], shelf, any_registered=True, most=3)
+        a = await models.get("a@x")
+        await models.get("b@x")
+        await models.get("a@x")
+        await models.get("c@x")
+        assert sorted(names(models)) == ["a/1", "c/1", "world"]
+        a.batcher.busy = True
+        await models.get("d@x")
+        assert sorted(names(models)) == ["a/1", "d/1", "world"]
+        (await models.get("d@x")).batcher.busy = True
+        with pytest.raises(Overloaded, match="all 3 models in memory are needed"):
+            await models.get("c@x")
+
+    asyncio.run(run())
+
+
+def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        old = models.first
+        await models.refresh()
+        assert models.first is old
+        shelf.aliases[CHAMPION] = "story/4"
+        await models.refresh()
+        assert (models.first.name, old.retired) == ("story/4", True)
+        assert shelf.loads == ["story/3", "story/4"]
+
+    asyncio.run(run())
+
+
+def test_while_a_new_version_is_loaded_the_old_one_answers():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        shelf.aliases[CHAMPION] = "story/4"
+        shelf.free.clear()
+        refreshing = asyncio.create_task(models.refresh())
+        async with asyncio.timeout(5):
+            while len(shelf.loads) < 2:
+                await asyncio.sleep(0.001)
+        assert (await models.get(None)).name == "story/3"
+        shelf.free.set()
+        await refreshing
+        assert (await models.get(None)).name == "story/4"
+
+    asyncio.run(run())
+
+
+def test_a_bad_version_is_refused_once_and_counted():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        first = shelf.load(CHAMPION)
+        models = Models({CHAMPION: first}, shelf)
+        shelf.aliases[CHAMPION], shelf.broken = "story/4", {"story/4"}
+        for _ in range(3):
+            await models.refresh()
+        assert models.first is first and not first.retired
+        assert shelf.loads == ["story/3", "story/4"]
+        assert b'yan_versions_refused_total{address="models:/story@champion",replica="one"} 1.0' in shelf.metrics.text()
+        shelf.aliases[CHAMPION] = "story/5"
+        await models.refresh()
+        assert models.first.name == "story/5"
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_is_out_of_reach_changes_nothing():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        shelf.aliases.clear()
+        await models.refresh()
+        assert models.first.name == "story/3"
+
+    asyncio.run(run())
+
+
+def test_a_fixed_version_is_not_looked_after():
+    async def run() -> None:
+        shelf = Shelf(**{"story/3": "story/3"})
+        models = Models({"models:/story/3": shelf.load("models:/story/3")}, shelf)
+        shelf.aliases["models:/story/3"] = "story/9"
+        await models.refresh()
+        assert models.first.name == "story/3"
+
+    asyncio.run(run())
