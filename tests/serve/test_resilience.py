@@ -1,0 +1,141 @@
+"""What happens under load to a server of two replicas: one is killed, the app is upgraded, an alias moves.
+
+Each time 2,000 requests and more, of which none fails. Marked soak: a minute each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+import serve  # noqa: F401  # chooses HAProxy, before Serve is imported
+from pipelines.benchmarks.load import Load, closed_loop
+from serve.app import build_app
+from serve.launch import running_server
+from serve.schemas import AppArgs
+
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
+
+CLIENTS, REQUESTS = 8, 2000
+
+
+def body(i: int) -> dict[str, Any]:
+    return {"source": f"Mary went. Where is Mary? {i % 10}", "seed": i}
+
+
+def replicas() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::ServeRepli"):
+            found.append(process)
+    return found
+
+
+def under_load(url: str, what: Callable[[], None], seconds: float = 30.0) -> Load:
+    """Requests of eight clients all the time, and something that happens after a third of it."""
+    timer = threading.Timer(seconds / 3, what)
+    timer.start()
+    loads = [closed_loop(f"{url}/v1/generate", body, CLIENTS, seconds)]
+    timer.join()
+    while sum(len(load.samples) for load in loads) < REQUESTS:
+        loads.append(closed_loop(f"{url}/v1/generate", body, CLIENTS, 5.0))
+    return Load([sample for load in loads for sample in load.samples], sum(load.seconds for load in loads))
+
+
+def retried() -> int:
+    """Requests that HAProxy gave to another replica, or to the same one again."""
+    (folder,) = {Path(word).parent for p in haproxies() for word in p.cmdline() if word.endswith("haproxy.cfg")}
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(folder / "admin.sock"))
+        admin.sendall(b"show stat typed\n")
+        text = b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+    return sum(int(n) for n in re.findall(r"\.\d+\.wre(?:tr|dis)\.\d+:[^:]*:u\d+:(\d+)", text))
+
+
+def haproxies() -> list[psutil.Process]:
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if process.name().startswith("haproxy")]
+
+
+@pytest.fixture(scope="module")
+def registry(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two versions of `yan-tiny`; `champion` is the first."""
+    home = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{home}/mlflow.db"
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("yan-tiny")
+    for version in (1, 2):
+        files = home / f"version{version}"
+        shutil.copytree(model_folder, files / "artifacts" / "model")
+        (files / "MLmodel").write_text("flavors: {python_function: {}}\n")
+        client.create_model_version("yan-tiny", files.as_uri())
+    client.set_registered_model_alias("yan-tiny", "champion", "1")
+    return uri
+
+
+@pytest.fixture(scope="module")
+def args(registry: str) -> AppArgs:
+    return AppArgs(
+        model="models:/yan-tiny@champion", tracking_uri=registry, num_replicas=2, cpus_per_replica=0.5, refresh_s=1.0
+    )
+
+
+@pytest.fixture(scope="module")
+def url(args: AppArgs) -> Iterator[str]:
+    with running_server(args, port=0) as url:
+        yield url
+
+
+def test_a_replica_that_is_killed_costs_no_request(url: str, capsys: pytest.CaptureFixture[str]):
+    before = {p.pid for p in replicas()}
+    assert len(before) == 2
+    load = under_load(url, lambda: os.kill(min(before), signal.SIGKILL))
+    assert [s for s in load.samples if s.status != 200] == []
+    deadline = time.monotonic() + 120
+    while len(replicas()) < 2 or min(before) in {p.pid for p in replicas()}:
+        assert time.monotonic() < deadline, "no new replica"
+        time.sleep(0.5)
+    with capsys.disabled():
+        print(f"\nkilled: {len(load.samples)} requests, 0 failed, {retried()} given to another replica")
+
+
+def test_an_upgrade_costs_no_request(url: str, args: AppArgs, capsys: pytest.CaptureFixture[str]):
+    from ray import serve as ray_serve
+
+    before = {p.pid for p in replicas()}
+
+    def upgrade() -> None:
+        ray_serve.run(build_app(args.model_copy(update={"num_steps": 2})), name="yan", route_prefix="/")
+
+    load = under_load(url, upgrade, 45.0)
+    assert [s for s in load.samples if s.status != 200] == []
+    assert not before & {p.pid for p in replicas()}
+    with capsys.disabled():
+        print(f"\nupgraded: {len(load.samples)} requests, 0 failed, {retried()} given to another replica")
+
+
+def test_an_alias_that_moves_costs_no_request(url: str, registry: str, capsys: pytest.CaptureFixture[str]):
+    client = MlflowClient(registry, registry)
+    load = under_load(url, lambda: client.set_registered_model_alias("yan-tiny", "champion", "2"))
+    assert [s for s in load.samples if s.status != 200] == []
+    request = urllib.request.Request(
+        f"{url}/v1/generate", json.dumps(body(0)).encode(), {"Content-Type": "application/json"}
+    )
+    named = {json.load(urllib.request.urlopen(request))["model"] for _ in range(20)}
+    assert named == {"yan-tiny/2"}
+    with capsys.disabled():
+        print(f"\nalias moved: {len(load.samples)} requests, 0 failed")
