@@ -163,6 +163,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--bertscore-model", default="", help="folder of an encoder: BERTScore too")
     parser.add_argument("--perplexity-model", default="", help="folder of a causal language model: perplexity too")
     parser.add_argument("--diversity", type=int, default=0, metavar="K", help="K answers a row: how they differ")
+    parser.add_argument("--use-gpu", action="store_true", help="on a GPU, in float32")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "max_rows", "num_candidates")
@@ -172,6 +173,7 @@ def _evaluate(args: list[str]) -> int:
     from collections import Counter
 
     from pipelines.evaluation import Extras, evaluate_model, summary
+    from pipelines.plain import device_of
     from pipelines.prepare import read_text_rows
     from yan_core.checkpoint import read_config
 
@@ -181,7 +183,8 @@ def _evaluate(args: list[str]) -> int:
     sampling = _sampling(chosen, config.evaluation.sampling)
     how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling)
     extras = Extras(chosen.bertscore_model, chosen.perplexity_model, chosen.diversity)
-    (quality,) = evaluate_model(Path(chosen.model), rows, how, extras=extras)
+    device = str(device_of(chosen.use_gpu))
+    (quality,) = evaluate_model(Path(chosen.model), rows, how, device, extras=extras)
     result = summary(quality, len(rows), Path(chosen.model), chosen.data, counts)
     print(json.dumps(result, indent=2))
     if chosen.json:

@@ -6,6 +6,7 @@ answers are scored; the seed of a row is its place, so that evaluating twice giv
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from yan_core.config import EvaluationConfig
 from yan_core.diversity import diversity
 from yan_core.files import code_commit
 from yan_core.metrics import is_valid_label, score
+from yan_core.model import YanModel
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import MASK
 
@@ -217,6 +219,8 @@ def evaluate_model(
     extras = extras or Extras()
     others = _load_extras(extras, device)
     generator = yan_core.load(folder, device)
+    if extras.diversity and not isinstance(generator.model, YanModel):
+        raise ValueError(f"diversity must be 0 for {folder}, a baseline that gives one answer whatever the seed")
     task, normalize = task or get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
@@ -302,7 +306,7 @@ def summary(
     by_kind = {f"{quality.metric}/{k}": v for k, v in quality.by_kind.items()}
     times = dict(quality.speed)
     latency = {"batch_1_p50": times.pop("latency_ms_p50"), "batch_1_p95": times.pop("latency_ms_p95")}
-    return {
+    found = {
         "metric": quality.metric,
         "metrics": {**quality.metrics, **by_kind},
         "intervals": quality.intervals,
@@ -322,3 +326,4 @@ def summary(
             "precision": "float32",
         },
     }
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)  # JSON has no NaN

@@ -102,7 +102,8 @@ class Perplexity:
     """Perplexity of answers under a local causal language model, each after the text that comes before it.
 
     The less the more fluent, but a text that says one word over and over has a low one too: read it beside diversity.
-    Only the answers' tokens count, over all rows together; an answer of no token has no part in it.
+    Only the answers' tokens count, over all rows together; an answer of no token has no part in it, and where no answer
+    has any there is no figure (NaN).
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
@@ -146,5 +147,5 @@ class Perplexity:
 
 
 def _exp_ratio(sums: np.ndarray) -> np.ndarray:
-    """exp of the first statistic over the second, [..., 2] -> [...]; 1 where there is no token."""
-    return np.exp(sums[..., 0] / np.maximum(1, sums[..., 1]))
+    """exp of the first statistic over the second, [..., 2] -> [...]; NaN where there is no token."""
+    return np.where(sums[..., 1] > 0, np.exp(sums[..., 0] / np.maximum(1, sums[..., 1])), np.nan)

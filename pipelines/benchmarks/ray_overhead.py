@@ -102,6 +102,7 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(args)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the bare loop has; by default Ray gives its workers 15
     turns: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(chosen.turns):

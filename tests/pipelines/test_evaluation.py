@@ -10,7 +10,7 @@ import yan_core
 from pipelines.evaluation import Extras, evaluate_model, summary
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
-from yan_core.config import EvaluationConfig, SamplingConfig, TokenizerConfig
+from yan_core.config import BaselineConfig, EvaluationConfig, SamplingConfig, TokenizerConfig
 from yan_core.model import build_model
 from yan_core.tasks import get_task
 from yan_core.tokenization import Tokenizer
@@ -117,6 +117,14 @@ def test_several_answers_a_row_tell_how_they_differ(model_folder):
     assert {"self_bleu", "distinct_1", "distinct_2"} <= set(quality.intervals)
     with pytest.raises(ValueError, match="0 or >= 2"):
         Extras(diversity=1)
+
+
+def test_a_baseline_that_answers_greedily_has_no_diversity(tmp_path):
+    tokenizer = Tokenizer.train(TEXTS, TokenizerConfig())
+    shape = BaselineConfig(d_model=16, num_blocks=1, num_heads=1)
+    save_pretrained(tmp_path / "model", build_model(shape, tokenizer.vocab_size, seed=0), tokenizer, DETAILS)
+    with pytest.raises(ValueError, match="diversity must be 0 for .*model, a baseline that gives one answer"):
+        evaluate_model(tmp_path / "model", [{"source": "a", "answers": ["x"]}], TWO_STEPS, extras=Extras(diversity=3))
 
 
 def test_labels_that_are_none_and_sources_that_are_cut_are_counted(tmp_path):

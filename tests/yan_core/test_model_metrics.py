@@ -104,3 +104,7 @@ def test_a_context_that_is_too_long_loses_its_beginning(language_model) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path, metric) -> None:
     with pytest.raises(ValueError, match="no model at .*config.json"):
         metric(tmp_path)
+
+
+def test_where_no_answer_has_a_word_there_is_no_perplexity(language_model) -> None:
+    assert math.isnan(Perplexity(language_model)(["the cat", ""], ["", " "]).value)
