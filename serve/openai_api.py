@@ -31,6 +31,7 @@ from serve.schemas import (
     TimeoutSeconds,
     disagreement,
 )
+from yan_core.config import ModelConfig
 from yan_core.tasks import InfillingTask
 from yan_core.tokenization import MASK
 
@@ -175,6 +176,8 @@ class ModelCard(BaseModel):
     object: str = "model"
     created: int
     owned_by: str = "yan"
+    architecture: str
+    """`yan`, or the family of a baseline: `ar`, `encoder_decoder`, `masked_diffusion`."""
     task: str
     """Name of its task template."""
     fields: list[str]
@@ -217,9 +220,11 @@ COMPLETION_ALLOWED = ALLOWED | {
 def card(model: ServedModel) -> ModelCard:
     """What is told of a model."""
     generator = model.engine.generator
+    config = generator.model.config
     return ModelCard(
         id=model.name,
         created=model.created,
+        architecture="yan" if isinstance(config, ModelConfig) else config.family,
         task=generator.task.name,
         fields=list(generator.task.source_fields),
         max_source_tokens=generator.max_source_tokens,

@@ -34,6 +34,7 @@ from serve.limits import BodyLimit, RateLimit
 from serve.metrics import Metrics
 from serve.models import Answer, ServedModel, Step
 from serve.openai_api import Completion, CompletionRequest, ModelCard, ModelList
+from serve.page import add_page
 from serve.pool import Models
 from serve.schemas import (
     AppArgs,
@@ -242,6 +243,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
         """The replica's counters, for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+    add_page(api)
     return api
 
 
