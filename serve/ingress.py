@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -19,6 +20,8 @@ ENABLED = "RAY_SERVE_ENABLE_HA_PROXY"
 RETRIED = "conn-failure empty-response"
 """When HAProxy gives a request to another replica: the one it chose is gone, or went before it began to answer. By
 default it does so only in the first case; to draw an answer twice does no harm."""
+BLOCK = 100
+"""Ports for the replicas of one server."""
 WRAPPER = """#!/bin/sh
 # Ray's template opens HAProxy's pages of figures to all addresses: here to this machine alone.
 for word in "$@"; do
@@ -66,6 +69,7 @@ def private_haproxy() -> Iterator[None]:
         wrapper.write_text(WRAPPER.format(haproxy=shlex.quote(str(binary))))
         wrapper.chmod(0o700)
         metrics_port, stats_port = _free_ports(2)
+        first = _free_block()
         ours = {
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
@@ -75,6 +79,8 @@ def private_haproxy() -> Iterator[None]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
         before = {name: os.environ.get(name) for name in ours}
@@ -95,3 +101,22 @@ def _free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def _free_block() -> int:
+    """First of BLOCK ports that nobody listens on, below those that Linux gives out.
+
+    By default every Serve takes its replicas' ports from 30000 on, and of two on one machine HAProxy may send requests
+    to a replica of the other one.
+    """
+    blocks = list(range(20_000, 32_000, BLOCK))
+    random.shuffle(blocks)
+    for first in blocks:
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + BLOCK):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                return first
+            except OSError:
+                continue
+    return 30_000

