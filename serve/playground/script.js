@@ -153,9 +153,11 @@ function tell(error) {
   let text = known ? error.message : `The server cannot be reached (${error.message}).`;
   if (known && error.param && !text.includes(error.param)) text += ` (${error.param})`;
   if (known && error.retryAfter) text += `. Try again in ${error.retryAfter} s.`;
+  if (known && error.status === 401 && !sessionStorage.getItem(KEY)) text = "a key is wanted: enter it under Key";
   $("error").textContent = text;
   $("error").hidden = false;
   $("status").textContent = "";
+  reveal();
   if (known && error.status === 401) {
     $("key-box").open = true;
     $("key").setAttribute("aria-invalid", "true");
@@ -216,6 +218,7 @@ function addSnapshot(snapshot) {
   $("t").max = snapshots.length - 1;
   $("replay").hidden = false;
   showSnapshot(snapshots.length - 1);
+  reveal();
 }
 
 function showAnswer(answer, roundTripMs) {
@@ -250,7 +253,14 @@ function showAnswer(answer, roundTripMs) {
       return item;
     }),
   );
+  reveal();
   $("status").textContent = `${answer.model} answered in ${ms(answer.latency_ms)}.`;
+}
+
+/** Bring the answer into sight, which on a phone is below the form. */
+function reveal() {
+  const section = $("status").parentElement;
+  if (section.getBoundingClientRect().top > innerHeight / 2) section.scrollIntoView();
 }
 
 function begin() {
@@ -264,8 +274,6 @@ function begin() {
   $("answer").classList.remove("forming");
   for (const id of ["answer", "legend", "times", "candidates", "lanes", "verdict"]) $(id).replaceChildren();
   $("status").textContent = "Asking.";
-  const section = $("status").parentElement; // on a phone it is below the form
-  if (section.getBoundingClientRect().top > innerHeight / 2) section.scrollIntoView();
   return running.signal;
 }
 
@@ -357,6 +365,7 @@ async function race() {
   $("verdict").textContent =
     `${first.model} decoded ${times} times as fast. The clocks also count the wait for each other on a shared machine.`;
   $("status").textContent = "The race is over.";
+  reveal();
 }
 
 // --- theme, key, events ----------------------------------------------------------------------------------------------

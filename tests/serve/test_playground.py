@@ -371,6 +371,8 @@ def test_it_fits_and_can_be_read(page, address, size, dark):
     page.set("num_candidates", 3)
     page.ask()
     assert page.js("return document.documentElement.scrollWidth") <= size[0]
+    below = page.js("return document.getElementById('answer').getBoundingClientRect().bottom - innerHeight")
+    assert below <= 0, "the answer is not in sight"
     assert page.js("return document.documentElement.dataset.theme") == ("dark" if dark else "light")
     for selector in ("#answer .token", "#status", "#ask", "h1", "dt", ".hint"):
         contrast = page.js(CONTRAST, selector)
