@@ -61,7 +61,7 @@ async function* events(response) {
   }
 }
 
-// --- the form ---------------------------------------------------------------------------------------------------------
+// --- the form --------------------------------------------------------------------------------------------------------
 
 async function loadModels() {
   try {
@@ -86,9 +86,14 @@ function chooseTask() {
   chooseModel();
 }
 
+/** The task's fields as they are written. */
+function written() {
+  return Object.fromEntries([...$("fields").querySelectorAll("textarea")].map((box) => [box.name, box.value]));
+}
+
 function chooseModel() {
   const chosen = card();
-  const before = Object.fromEntries([...$("fields").querySelectorAll("textarea")].map((box) => [box.name, box.value]));
+  const before = written();
   $("fields").replaceChildren(
     ...chosen.fields.map((name) => {
       const label = make("label", "", name.replaceAll("_", " "));
@@ -105,7 +110,8 @@ function chooseModel() {
   $("baseline-hint").hidden = !baseline;
   const [yan, ar] = racers();
   $("race").disabled = !(yan && ar);
-  $("race-hint").textContent = yan && ar ? `${yan.id} against ${ar.id}` : "A race needs a YAN and an AR baseline of this task.";
+  $("race-hint").textContent =
+    yan && ar ? `${yan.id} against ${ar.id}` : "A race needs a YAN and an AR baseline of this task.";
 }
 
 function racers() {
@@ -125,7 +131,7 @@ function request(model) {
   const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
   const body = { model: model.id, seed: number("seed") };
   if (freely()) body.source = $("source").value;
-  else body.fields = Object.fromEntries([...$("fields").querySelectorAll("textarea")].map((box) => [box.name, box.value]));
+  else body.fields = written();
   if (model.architecture === "yan") {
     body.num_steps = number("num_steps");
     body.guidance_scale = number("guidance_scale");
@@ -134,7 +140,7 @@ function request(model) {
   return body;
 }
 
-// --- errors -----------------------------------------------------------------------------------------------------------
+// --- errors ----------------------------------------------------------------------------------------------------------
 
 function clearError() {
   $("error").hidden = true;
@@ -147,9 +153,11 @@ function tell(error) {
   let text = known ? error.message : `The server cannot be reached (${error.message}).`;
   if (known && error.param && !text.includes(error.param)) text += ` (${error.param})`;
   if (known && error.retryAfter) text += `. Try again in ${error.retryAfter} s.`;
+  if (known && error.status === 401 && !sessionStorage.getItem(KEY)) text = "a key is wanted: enter it under Key";
   $("error").textContent = text;
   $("error").hidden = false;
   $("status").textContent = "";
+  reveal();
   if (known && error.status === 401) {
     $("key-box").open = true;
     $("key").setAttribute("aria-invalid", "true");
@@ -163,16 +171,18 @@ function tell(error) {
   }
 }
 
-// --- an answer --------------------------------------------------------------------------------------------------------
+// --- an answer -------------------------------------------------------------------------------------------------------
 
 function showTokens(snapshot) {
-  const tokens = snapshot.pieces.map((piece, i) => {
+  const tokens = snapshot.pieces.flatMap((piece, i) => {
     const expert = snapshot.experts[i];
-    if (expert === undefined) return document.createTextNode(piece);
-    const token = make("span", `token e${expert % EXPERT_STYLES}`, piece);
+    if (expert === undefined) return [piece];
+    // The space before a word has no colour: it would stay behind where a line ends.
+    const start = piece.trim() ? piece.length - piece.trimStart().length : 0;
+    const token = make("span", `token e${expert % EXPERT_STYLES}`, piece.slice(start));
     token.dataset.expert = expert;
     token.title = `expert ${expert}`;
-    return token;
+    return [piece.slice(0, start), token];
   });
   $("answer").replaceChildren(...tokens);
 }
@@ -187,7 +197,8 @@ function showLegend() {
       mark.dataset.expert = expert;
       const pieces = last.pieces.filter((_, i) => last.experts[i] === expert);
       const silent = pieces.filter((piece) => !piece).length; // part of a letter or of a space
-      item.append(mark, ` ${pieces.length} ${pieces.length === 1 ? "token" : "tokens"}${silent ? `, ${silent} without text` : ""}`);
+      const note = silent ? `, ${silent} without text` : "";
+      item.append(mark, ` ${pieces.length} ${pieces.length === 1 ? "token" : "tokens"}${note}`);
       return item;
     }),
   );
@@ -199,7 +210,7 @@ function showSnapshot(index) {
   $("t").value = index;
   const t = snapshot.t.toFixed(2);
   $("t-shown").textContent = `t = ${t}`;
-  $("t").setAttribute("aria-valuetext", `t = ${t}, step ${snapshot.step} of ${snapshots.length}`);
+  $("t").setAttribute("aria-valuetext", `t = ${t}, step ${snapshot.step} of ${snapshots.length}: ${snapshot.text}`);
 }
 
 function addSnapshot(snapshot) {
@@ -207,6 +218,7 @@ function addSnapshot(snapshot) {
   $("t").max = snapshots.length - 1;
   $("replay").hidden = false;
   showSnapshot(snapshots.length - 1);
+  reveal();
 }
 
 function showAnswer(answer, roundTripMs) {
@@ -214,7 +226,7 @@ function showAnswer(answer, roundTripMs) {
   if (!snapshots.length) $("answer").textContent = answer.text;
   if (answer.text === "") $("answer").textContent = "(an empty text)";
   showLegend();
-  const { timings } = answer;
+  const { timings, source_tokens_cut: cut } = answer;
   const rows = [
     ["Latency", ms(answer.latency_ms)],
     ["Round trip", ms(roundTripMs)],
@@ -223,7 +235,7 @@ function showAnswer(answer, roundTripMs) {
     ["Sample", ms(timings.sample_ms)],
     ["Decode", ms(timings.decode_ms)],
     ["Passes", String(answer.nfe)],
-    ["Source", `${answer.source_tokens} tokens${answer.source_tokens_cut ? `, ${answer.source_tokens_cut} cut off` : ""}`],
+    ["Source", `${answer.source_tokens} tokens${cut ? `, ${cut} cut off` : ""}`],
   ];
   $("times").replaceChildren(
     ...rows.map(([name, value]) => {
@@ -241,7 +253,14 @@ function showAnswer(answer, roundTripMs) {
       return item;
     }),
   );
+  reveal();
   $("status").textContent = `${answer.model} answered in ${ms(answer.latency_ms)}.`;
+}
+
+/** Bring the answer into sight, which on a phone is below the form. */
+function reveal() {
+  const section = $("status").parentElement;
+  if (section.getBoundingClientRect().top > innerHeight / 2) section.scrollIntoView();
 }
 
 function begin() {
@@ -252,6 +271,7 @@ function begin() {
   clearError();
   for (const id of ["result", "race-box", "replay", "candidates-box"]) $(id).hidden = true;
   $("t").max = 0;
+  $("answer").classList.remove("forming");
   for (const id of ["answer", "legend", "times", "candidates", "lanes", "verdict"]) $(id).replaceChildren();
   $("status").textContent = "Asking.";
   return running.signal;
@@ -277,15 +297,19 @@ async function ask() {
     for await (const [name, data] of events(response)) {
       if (signal.aborted) return;
       if (name === "step") addSnapshot(data);
-      else if (name === "answer") showAnswer(data, performance.now() - begun);
+      else if (name === "answer") return showAnswer(data, performance.now() - begun);
       else throw new Refused(data.error, 200, null);
     }
+    throw new Refused({ message: "the answer broke off" }, 200, null);
   } catch (error) {
+    if (signal.aborted) return; // the page belongs to a later request
     if (!snapshots.length) $("result").hidden = true;
     tell(error);
   } finally {
-    $("answer").classList.remove("forming");
-    $("answer").removeAttribute("aria-busy");
+    if (!signal.aborted) {
+      $("answer").classList.remove("forming");
+      $("answer").removeAttribute("aria-busy");
+    }
   }
 }
 
@@ -300,7 +324,7 @@ function replay() {
   }, FRAME_MS);
 }
 
-// --- the race ---------------------------------------------------------------------------------------------------------
+// --- the race --------------------------------------------------------------------------------------------------------
 
 async function runLane(model, signal) {
   const lane = make("div", "lane");
@@ -318,7 +342,7 @@ async function runLane(model, signal) {
     clearInterval(tick);
     clock.textContent = ms(performance.now() - begun);
     text.textContent = answer.text || "(an empty text)";
-    note.textContent = `server ${ms(answer.latency_ms)}: waited ${ms(answer.timings.queue_ms)}, decoded in ${ms(answer.timings.sample_ms)}`;
+    note.textContent = `decoded in ${ms(answer.timings.sample_ms)}, server ${ms(answer.latency_ms)} in all`;
     return answer;
   } catch (error) {
     note.textContent = "failed";
@@ -338,11 +362,13 @@ async function race() {
   if (failed) return tell(failed.reason);
   const [first, second] = [yan.value, ar.value].sort((a, b) => a.timings.sample_ms - b.timings.sample_ms);
   const times = (second.timings.sample_ms / first.timings.sample_ms).toFixed(1);
-  $("verdict").textContent = `${first.model} decoded ${times} times as fast. Both share this machine, so one may wait for the other.`;
+  $("verdict").textContent =
+    `${first.model} decoded ${times} times as fast. The clocks also count the wait for each other on a shared machine.`;
   $("status").textContent = "The race is over.";
+  reveal();
 }
 
-// --- theme, key, events -----------------------------------------------------------------------------------------------
+// --- theme, key, events ----------------------------------------------------------------------------------------------
 
 function showTheme(dark) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";

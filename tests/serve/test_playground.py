@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,13 @@ def serving(folders: Mapping[str, Path], keys: Mapping[str, str]) -> Iterator[st
         while not server.started:
             assert time.monotonic() < until, "the server did not start"
             time.sleep(0.02)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(WAIT_S)
-    draws.shutdown()
-    texts.shutdown()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(WAIT_S)
+            draws.shutdown()
+            texts.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +235,7 @@ def page(browser: Any, address: str) -> Iterator[Page]:
     assert [line for line in errors if not re.search(r"/v1/\w+ - Failed to load resource", line)] == []
     sent = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
     urls = [one["params"]["request"]["url"] for one in sent if one["method"] == "Network.requestWillBeSent"]
-    assert urls and all(url.startswith("http://127.0.0.1:") for url in urls), urls
+    assert urls and all(url.startswith(f"{address}/") for url in urls), urls
 
 
 def test_an_answer_comes_with_its_latency_and_experts(page):
@@ -245,14 +248,23 @@ def test_an_answer_comes_with_its_latency_and_experts(page):
     assert tokens
     for token in tokens:
         expert = token.get_attribute("data-expert")
-        assert token.get_attribute("title") == f"expert {expert}" and f"e{int(expert) % 8}" in token.get_attribute(
-            "class"
-        )
+        assert token.get_attribute("title") == f"expert {expert}"
+        assert token.get_attribute("class").split() == ["token", f"e{int(expert) % 8}"]
         assert expert in page.js("return getComputedStyle(arguments[0], '::after').content", token)
     assert "expert" in page.text("legend")
 
 
-def test_the_slider_shows_the_text_of_its_step(page, client):
+WATCH = """
+window.formed = [];
+new MutationObserver(() => {
+  const text = document.getElementById('answer').textContent;
+  if (text && text !== window.formed.at(-1)) window.formed.push(text);
+}).observe(document.getElementById('answer'), {childList: true});
+"""
+"""Keeps every text that the answer has on its way."""
+
+
+def test_words_form_and_the_slider_shows_the_text_of_its_step(page, client):
     body = {"fields": {"context": CONTEXT, "question": QUESTION}, "num_steps": 5, "trajectory": True}
     for seed in range(100):  # a random model does not change its mind on every way
         expected = client.post("/v1/generate", json=body | {"seed": seed}).json()["trajectory"]
@@ -263,7 +275,9 @@ def test_the_slider_shows_the_text_of_its_step(page, client):
     page.fill()
     page.set("num_steps", 5)
     page.set("seed", seed)
+    page.js(WATCH)
     page.ask()
+    assert page.js("return window.formed") == [text for text, _ in groupby(step["text"] for step in expected)]
     assert page.id("t").get_attribute("max") == "4"
     for i, step in enumerate(expected):
         page.set("t", i)
@@ -346,7 +360,7 @@ def test_all_of_it_by_keyboard(page):
     page.until(lambda: "answered in" in page.text("status"), "an answer")
     page.js("document.getElementById('t').focus()")
     press(Keys.ARROW_LEFT)
-    assert page.id("t").get_attribute("aria-valuetext") == "t = 0.67, step 2 of 3"
+    assert page.id("t").get_attribute("aria-valuetext") == f"t = 0.67, step 2 of 3: {page.text('answer')}"
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -357,6 +371,8 @@ def test_it_fits_and_can_be_read(page, address, size, dark):
     page.set("num_candidates", 3)
     page.ask()
     assert page.js("return document.documentElement.scrollWidth") <= size[0]
+    below = page.js("return document.getElementById('answer').getBoundingClientRect().bottom - innerHeight")
+    assert below <= 0, "the answer is not in sight"
     assert page.js("return document.documentElement.dataset.theme") == ("dark" if dark else "light")
     for selector in ("#answer .token", "#status", "#ask", "h1", "dt", ".hint"):
         contrast = page.js(CONTRAST, selector)
