@@ -1,0 +1,97 @@
+"""`yan status`: what it makes of a dashboard's answers, recorded from Ray 2.60, and a real head with a service."""
+
+import re
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from pipelines import status
+from pipelines.cli import main
+from pipelines.tracking import TrackingError, latest_runs
+from tests.clusters.conftest import free_port
+
+
+def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # left as it was by monkeypatch
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main(["status", "--address", f"http://127.0.0.1:{free_port()}"]) == 1
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"yan status: no Ray answers at http://127.0.0.1:\d+: .*\n", printed.err)
+    assert printed.out == ""
+
+
+def test_address_is_this_machine_unless_one_is_named(capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(status, "HERE", f"http://127.0.0.1:{free_port()}")
+    assert main(["status"]) == 1
+    assert f"no Ray answers at {status.HERE}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "taken"),
+    [
+        ("1.5/4.0 CPU", 1.5),
+        ("0.5/4.0 CPU (0.5 used of 3.0 reserved in placement groups)", 3.0),
+        ("2.0/4.0 CPU (1.0 used of 2.0 reserved in placement groups)", 3.0),
+        ("0B/186.26GiB memory\n0.0/1.0 node:__internal_head__", 0.0),
+    ],
+)
+def test_what_a_placement_group_reserves_is_taken(line: str, taken: float):
+    assert status.used(line).get("CPU", 0.0) == taken
+
+
+def test_page_that_does_not_answer_leaves_the_others():
+    assert status.cluster_lines("/nodes answers 500: no") == ["/nodes answers 500: no"]
+    assert status.serve_lines("/api/serve/applications/ answers 503: no") == [
+        "/api/serve/applications/ answers 503: no"
+    ]
+    assert status.waiting_lines({"actors": "/api/v0/actors answers 500: no"}) == []
+
+
+def test_table_is_cut_to_a_screen():
+    rows = [("A", "B"), *((str(i), "b") for i in range(30))]
+    lines = status.cut(status.aligned(rows))
+    assert len(lines) == status.SHOWN + 2 and lines[-1] == "... and 22 more"
+    assert status.cut(lines[:3]) == lines[:3]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """A store with three runs of two experiments."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    yan, other = client.create_experiment("yan"), client.create_experiment("other")
+    first = client.create_run(yan, start_time=1_000_000, run_name="first").info.run_id
+    client.set_terminated(first, "FAILED", end_time=1_000_000 + 3_723_000)
+    client.create_run(other, start_time=3_000_000, run_name="third")
+    client.create_run(yan, start_time=2_000_000, run_name="second")
+    return uri
+
+
+def test_runs_are_listed_whatever_their_experiment(store: str):
+    assert [(run.name, run.experiment) for run in latest_runs(store, 2)] == [("third", "other"), ("second", "yan")]
+    lines = status.run_lines(store)
+    assert lines[0] == f"at {store}"
+    assert re.match(r"RUN +STATUS +STARTED +TIME +EXPERIMENT +ID", lines[1])
+    assert re.match(r"third +RUNNING .* other +\w{32}", lines[2])
+    assert re.match(r"first +FAILED +\S+ \S+ +1:02:03 +yan +\w{32}", lines[4])
+
+
+def test_store_that_is_not_there_is_said_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert status.run_lines(None)[0].startswith("no MLflow is named")
+    with pytest.raises(TrackingError, match="there is no file /nowhere/mlflow.db"):
+        latest_runs("sqlite:////nowhere/mlflow.db", 3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    assert "there is no file" in status.run_lines(None)[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    (line,) = status.run_lines(uri)
+    assert line.startswith(f"MLflow at {uri} does not answer (")
