@@ -129,7 +129,7 @@ def waiting_lines(answers: Mapping[str, Mapping[str, Any] | str]) -> list[str]:
     counts = {what: _counted(answer) for what, answer in answers.items()}
     if not any(counts.values()):
         return []
-    return ["waiting for resources: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)]
+    return ["waiting for resources: " + ", ".join(f"{what} {count}" for what, count in counts.items() if count)]
 
 
 def _counted(answer: Mapping[str, Any] | str) -> int:
