@@ -1,6 +1,9 @@
 """`yan status`: what it makes of a dashboard's answers, recorded from Ray 2.60, and a real head with a service."""
 
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -10,6 +13,7 @@ from pipelines import status
 from pipelines.cli import main
 from pipelines.tracking import TrackingError, latest_runs
 from tests.clusters.conftest import free_port
+from tests.pipelines.conftest import ON_A_HEAD, yan
 
 
 def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPatch):
@@ -95,3 +99,61 @@ def test_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
     uri = f"http://127.0.0.1:{free_port()}"
     (line,) = status.run_lines(uri)
     assert line.startswith(f"MLflow at {uri} does not answer (")
+
+
+# --- on a real head ---------------------------------------------------------------------------------------------------
+
+SERVICE = """
+from ray import serve
+from ray.util.placement_group import placement_group
+
+@serve.deployment(num_replicas=2, ray_actor_options={{"num_cpus": 1}})
+class Answer:
+    def __call__(self, request):
+        return "yes"
+
+serve.start(http_options={{"host": "127.0.0.1", "port": {port}}})
+serve.run(Answer.bind(), name="answers", route_prefix="/")
+placement_group([{{"CPU": 1000}}], lifetime="detached", name="too-large")
+"""
+
+
+class TestOnAHead:
+    pytestmark = ON_A_HEAD
+
+    def test_screen_shows_what_is_there(self, head, store: str, tmp_path: Path):
+        address, variables = head
+        words = ["status", "--address", address, "--tracking-uri", store]
+        before = yan(words, variables)
+        assert before.returncode == 0, before.stderr[-3000:]
+        assert "\njobs\nnone\n" in before.stdout and "\nservices\nRay Serve does not run\n" in before.stdout
+
+        script = tmp_path / "service.py"
+        script.write_text(SERVICE.format(port=free_port()))
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
+        submit = [*ray, "--submission-id", "raysubmit_service", "--", sys.executable, str(script)]
+        done = subprocess.run(submit, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        deadline = time.monotonic() + 60
+        while not re.search(r"^\S+ \(head\) +2/4 ", (said := yan(words, variables).stdout), flags=re.M):
+            assert time.monotonic() < deadline, said
+            time.sleep(2)
+        for line in (
+            rf"cluster {address}, Ray \d[\d.]+",
+            r"NODE +CPU +GPU +GPU BUSY +MEMORY +OBJECT STORE",
+            r"1 node: CPUs 2/4, GPUs 0/0, memory [\d.]+/[\d.]+ GB, object store [\d.]+/0.2 GB",
+            r"waiting for resources: placement groups 1",
+            r"raysubmit_service +SUCCEEDED +- .*",
+            r"answers +RUNNING +/ +Answer +HEALTHY +2/2",
+            r"proxies: 1 HEALTHY",
+            rf"at {store}",
+            r"third +RUNNING .*",
+        ):
+            assert re.search(f"^{line}$", said, flags=re.M), f"no line {line} in\n{said}"
+        assert len(said.splitlines()) <= 40
+
+    def test_caller_without_the_token_is_told_so(self, head):
+        address, variables = head
+        done = yan(["status", "--address", address], {**variables, "RAY_AUTH_MODE": "disabled"})
+        assert done.returncode == 1 and done.stdout == ""
+        assert "wants a token: set RAY_AUTH_MODE=token" in done.stderr
