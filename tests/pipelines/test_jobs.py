@@ -1,8 +1,11 @@
 """`yan submit`, `yan jobs` and `yan stop`: what they refuse, what they send, and a job on a real head."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from pipelines.jobs import STOP_WAIT_S
 from tests.clusters.conftest import free_port
 from tests.pipelines.conftest import ON_A_HEAD, yan
 from yan_core.config import RunConfig, from_dict
-from yan_core.training import TrainingFailed
+from yan_core.files import code_commit, code_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "pipelines/configs").rglob("*.yaml"))
@@ -113,15 +116,45 @@ def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPat
     assert "--address is missing" in capsys.readouterr().err
 
 
-def test_worker_with_another_copy_of_the_code_stops_the_run(monkeypatch: pytest.MonkeyPatch):
-    from pipelines import train
+DRIVER = """
+import sys
+import ray
+from pipelines.run import run
+from yan_core.config import RunConfig, from_dict
+import yaml
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+         object_store_memory=200 * 2**20, runtime_env={"py_modules": [sys.argv[2]]})
+run(from_dict(RunConfig, yaml.safe_load(open(sys.argv[1]))), publish=False)
+"""
 
-    context = types.SimpleNamespace(get_world_rank=lambda: 1)
-    monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
-    with pytest.raises(
-        TrainingFailed, match="worker 1 runs another copy of yan_core .* than the driver .0123456789ab."
-    ):
-        train.train_loop({"code": "0123456789ab"})
+
+@pytest.mark.ray
+def test_workers_with_another_copy_of_the_code_stop_the_run_at_once(tiny_settings: dict, tmp_path: Path):
+    copy = tmp_path / "other/yan_core"
+    shutil.copytree(ROOT / "yan_core", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "solver.py").open("a") as file:
+        file.write("# Edited since.\n")
+    world = {"format": "world", "num_train": 400, "num_validation": 40}
+    data = {**tiny_settings["data"], "datasets": {"small": world}}
+    scaling = {"num_workers": 2, "max_failures": -1}
+    settings = {**tiny_settings, "data": data, "runs_dir": str(tmp_path / "runs"), "scaling": scaling}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "config.yaml"), str(copy)],
+        cwd=tmp_path,  # else its folder would come before the copy
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    here = rf"[^(]*commit {code_commit()}, sources {code_fingerprint()}, in {ROOT}/yan_core"
+    assert re.search(r"TrainingFailed: training failed: worker [01] runs another copy of yan_core \([^)]*\)", last), (
+        last
+    )
+    assert re.search(rf"than the driver \({here}\): ship one copy, by --working-dir or in the image", last), last
+    assert not list((tmp_path / "runs/tiny").rglob("checkpoint.json"))
 
 
 # --- on a real head ---------------------------------------------------------------------------------------------------
