@@ -1,10 +1,12 @@
 """`yan status`: what it makes of a dashboard's answers, recorded from Ray 2.60, and a real head with a service."""
 
+import json
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -44,6 +46,50 @@ def test_address_is_this_machine_unless_one_is_named(capsys, monkeypatch: pytest
 )
 def test_what_a_placement_group_reserves_is_taken(line: str, taken: float):
     assert status.used(line).get("CPU", 0.0) == taken
+
+
+@pytest.fixture
+def recorded() -> dict[str, Any]:
+    """Of a head without CPUs and a worker with 4 CPUs and 2 GPUs that has two replicas and a placement group."""
+    return json.loads(Path(__file__).with_name("dashboard.json").read_text())
+
+
+def test_nodes_are_listed_the_head_first_and_summed(recorded):
+    assert status.cluster_lines(recorded["nodes"]) == [
+        "NODE              CPU  GPU  GPU BUSY  MEMORY       OBJECT STORE",
+        "192.0.2.2 (head)  0/0  0/0  -         5.2/25.3 GB  0.0/0.1 GB",
+        "192.0.2.2         3/4  2/2  -         5.1/25.3 GB  0.0/0.1 GB",
+        "2 nodes: CPUs 3/4, GPUs 2/2, memory 10.3/50.6 GB, object store 0.0/0.2 GB",
+    ]
+
+
+def test_node_that_died_is_counted_and_a_node_that_is_new_has_no_use_yet(recorded):
+    summary = recorded["nodes"]["data"]["summary"]
+    head, worker = sorted(summary, key=lambda node: not node["raylet"].get("isHeadNode"))
+    worker["gpus"] = [{"utilizationGpu": 90}, {"utilizationGpu": 31}, {"utilizationGpu": None}]
+    recorded["nodes"]["data"]["nodeLogicalResources"] = {}
+    head["raylet"]["state"] = "DEAD"
+    _, line, total = status.cluster_lines(recorded["nodes"])
+    assert re.match(r"192.0.2.2  \?/4  \?/2  60% ", line)  # of the two that say it
+    assert total.startswith("1 node, 1 dead: ")
+
+
+def test_what_waits_for_resources_is_counted(recorded):
+    waiting = {"placement groups": recorded["placement_groups"], "actors": recorded["actors"]}
+    assert status.waiting_lines(waiting) == ["waiting for resources: placement groups 1, actors 1"]
+
+
+def test_services_are_listed_with_their_replicas(recorded):
+    assert status.serve_lines(recorded["serve"]) == [
+        "APPLICATION  STATUS     ROUTE   DEPLOYMENT  STATUS    REPLICAS",
+        "yan          RUNNING    /       Answer      HEALTHY   2/2",
+        "stuck        DEPLOYING  /stuck  Never       UPDATING  0/1, 1 starting",
+        "proxies: 2 HEALTHY",
+    ]
+    recorded["serve"]["applications"]["stuck"]["message"] = "Traceback ...\n  line\nValueError: no model\n"
+    assert "stuck: ValueError: no model" in status.serve_lines(recorded["serve"])
+    assert status.serve_lines(recorded["serve"] | {"applications": {}}) == ["no application is deployed"]
+    assert status.serve_lines(recorded["serve_off"]) == ["Ray Serve does not run"]
 
 
 def test_page_that_does_not_answer_leaves_the_others():
