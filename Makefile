@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLAIN := not gpu and not cluster and not soak
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
-.PHONY: quickstart test test-runs test-rest test-fast lint format constraints clean
+.PHONY: quickstart test test-runs test-rest test-fast test-cluster machines machines-down lint format constraints clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
@@ -19,6 +19,17 @@ test-runs test-rest: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
+
+# Clusters launched for real; what it skips, it says why. The launched ones want root.
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -rs -p no:cacheprovider -m "cluster and not soak" tests/clusters tests/pipelines $(PYTEST_ARGS)
+
+# Three machines of this one for `ray up`: see docs/OPERATIONS.md.
+machines: $(VENV)/.installed
+	$(BIN)/python -m tests.clusters.machines up
+
+machines-down: $(VENV)/.installed
+	$(BIN)/python -m tests.clusters.machines down
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -386,6 +386,12 @@ def _stop(args: list[str]) -> int:
     return stop_main(args)
 
 
+def _status(args: list[str]) -> int:
+    from pipelines.status import main as status
+
+    return status(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "run": ("prepare, train, evaluate and register, going on where an earlier call stopped", _run),
     "prepare": ("read, tokenise and write the data of a run", _prepare),
@@ -397,6 +403,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "serve": ("serve a model over HTTP", _serve),
     "submit": ("run on a cluster what `run` would here, and follow it", _submit),
     "jobs": ("the jobs of a cluster", _jobs),
+    "status": ("a cluster's nodes, jobs, services and the latest runs, in one screen", _status),
     "stop": ("have a job of a cluster save a checkpoint and end", _stop),
     "tune": ("search settings with Ray Tune; each trial is a run in MLflow", _tune),
     "plan": ("time, cost, bottleneck and checkpoint interval of a training on a cluster", _plan),

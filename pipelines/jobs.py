@@ -135,7 +135,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     elif not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
         raise UsageError("--address is missing: http://HOST:8265 of the cluster's head, or set RAY_API_SERVER_ADDRESS")
     shown = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-    with _plain_errors(shown):
+    with plain_errors(shown):
         client = JobSubmissionClient()
     if (found := client._server_ray_version) != ray.__version__:  # asked by its constructor
         raise JobError(f"the cluster at {shown} runs Ray {found}, this machine {ray.__version__}: use one version")
@@ -143,7 +143,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 @contextmanager
-def _plain_errors(address: str | None) -> Iterator[None]:
+def plain_errors(address: str | None) -> Iterator[None]:
     """Say what went wrong with a cluster in one line."""
     try:
         yield
@@ -165,7 +165,7 @@ def submit(
     """Upload code and config and start the job; returns its id."""
     with packed(config, max_bytes) as (folder, size):
         print(f"upload: {len(_files(folder))} files, {size / 1e6:.2f} MB; environment: {', '.join(variables)}")
-        with _plain_errors(client.get_address()):
+        with plain_errors(client.get_address()):
             return client.submit_job(
                 entrypoint=f"python -m pipelines {command} --config {CONFIG}",
                 runtime_env={"working_dir": str(folder), "env_vars": variables},
@@ -182,7 +182,7 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
             tries = 0 if shown > before else tries
         except (aiohttp.ClientError, RuntimeError, OSError):
             tries += 1
-        with _plain_errors(client.get_address()):
+        with plain_errors(client.get_address()):
             try:
                 details = client.get_job_info(job)
             except (ConnectionError, requests.exceptions.RequestException):
@@ -254,7 +254,7 @@ def submit_main(args: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nyan submit: {job} goes on without us; yan stop {job} stops it", file=sys.stderr)
         return 130
-    with _plain_errors(client.get_address()):
+    with plain_errors(client.get_address()):
         link = mlflow_link(client.get_job_logs(job))
     print(f"job {job}: {details.status.value}{f'; MLflow run: {link}' if link else ''}")
     if details.status == JobStatus.FAILED and details.message:
@@ -267,7 +267,7 @@ def jobs_main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan jobs", description="The jobs of a cluster, the newest first.")
     parser.add_argument("--address", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
     client = connect(parser.parse_args(args).address)
-    with _plain_errors(client.get_address()):
+    with plain_errors(client.get_address()):
         jobs = [job for job in client.list_jobs() if job.submission_id]
     print("\n".join(table(jobs)))
     return 0
@@ -283,8 +283,8 @@ def table(jobs: Sequence[JobDetails]) -> list[str]:
                 str(job.submission_id),
                 job.status.value,
                 metadata.get("run", "-"),
-                _moment(job.start_time),
-                _span(job.start_time, job.end_time),
+                moment(job.start_time),
+                span(job.start_time, job.end_time),
                 metadata.get("commit", "-"),
             )
         )
@@ -292,11 +292,13 @@ def table(jobs: Sequence[JobDetails]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _moment(at_ms: int | None) -> str:
+def moment(at_ms: int | None) -> str:
+    """A time of the clock, for a table."""
     return datetime.datetime.fromtimestamp(at_ms / 1000).strftime("%Y-%m-%d %H:%M") if at_ms else "-"
 
 
-def _span(start_ms: int | None, end_ms: int | None) -> str:
+def span(start_ms: int | None, end_ms: int | None) -> str:
+    """A length of time, up to now for what has no end, for a table."""
     if not start_ms:
         return "-"
     seconds = int((end_ms or time.time() * 1000) - start_ms) // 1000
@@ -313,7 +315,7 @@ def stop_main(args: list[str]) -> int:
     parser.add_argument("--address", help="the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
     chosen = parser.parse_args(args)
     client = connect(chosen.address)
-    with _plain_errors(client.get_address()):
+    with plain_errors(client.get_address()):
         if not client.stop_job(chosen.job):
             print(f"{chosen.job} had ended already: {client.get_job_status(chosen.job).value}")
             return 0

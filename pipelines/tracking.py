@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,46 @@ def check_tracking(config: RunConfig) -> None:
             f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "
             "is up or to sqlite:///some/file.db"
         ) from error
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as a list shows it."""
+
+    name: str
+    status: str
+    start_ms: int
+    end_ms: int | None
+    experiment: str
+    run_id: str
+
+
+def latest_runs(uri: str, count: int) -> list[RunSummary]:
+    """The runs that were begun last, of all experiments, the newest first.
+
+    Raises:
+        TrackingError: If the store does not answer, or its file is not there; none is made.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise TrackingError(f"MLflow: there is no file {uri.removeprefix('sqlite:///')}")
+    try:
+        client = _client(uri)
+        names = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+        runs = client.search_runs(list(names), max_results=count, order_by=["attributes.start_time DESC"])
+    except (*STORE_ERRORS, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise TrackingError(f"MLflow at {uri} does not answer ({reason})") from error
+    return [
+        RunSummary(
+            run.info.run_name or "-",
+            run.info.status,
+            run.info.start_time,
+            run.info.end_time,
+            names[run.info.experiment_id],
+            run.info.run_id,
+        )
+        for run in runs
+    ]
 
 
 class Tracker:

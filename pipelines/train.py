@@ -35,7 +35,6 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-import yan_core
 from pipelines.batches import ahead
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import quiet_ray
@@ -52,7 +51,7 @@ from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.checkpoint import from_pretrained
 from yan_core.config import RunConfig, from_dict, to_dict
-from yan_core.files import code_fingerprint, write_file
+from yan_core.files import code_description, code_fingerprint, write_file
 from yan_core.model import YanModel, build_model
 from yan_core.parallel import num_workers
 from yan_core.training import (
@@ -139,16 +138,13 @@ def train_loop(job: dict[str, Any]) -> None:
 
     Args:
         job: `stream` (a TrainingStream), `failure` (file that says why training cannot go on), `unsent` (file of
-            metrics that could not be sent), `code` (hash of the driver's yan_core), `board` and `mlflow` (for rank 0).
+            metrics that could not be sent), `code` (fingerprint of the driver's yan_core, and which it is in words),
+            `board` and `mlflow` (for rank 0).
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    if code_fingerprint() != job["code"]:
-        raise TrainingFailed(
-            f"worker {rank} runs another copy of yan_core ({Path(yan_core.__file__).parent}, {code_fingerprint()}) "
-            f"than the driver ({job['code']}): ship one copy, by --working-dir or in the image, and do not edit it in "
-            "mid-run"
-        )
+    if not same_code(job, rank):  # on every worker alike
+        return
     board = job["board"] if rank == 0 else None
     tracker = None
     if rank == 0 and job["mlflow"]:
@@ -165,6 +161,26 @@ def train_loop(job: dict[str, Any]) -> None:
             board.add.remote(
                 f"  training    MLflow does not answer: {left} values wait in {job['unsent']} for the next run"
             )
+
+
+def same_code(job: dict[str, Any], rank: int) -> bool:
+    """Whether every worker runs the driver's copy of yan_core; one that does not says so where the driver looks.
+
+    To start the workers again would end alike, so none of them raises.
+    """
+    fingerprint, driver = job["code"]
+    other = code_fingerprint() != fingerprint
+    if other:
+        write_file(
+            Path(job["failure"]),
+            f"worker {rank} runs another copy of yan_core ({code_description()}) than the driver ({driver}): ship one "
+            "copy, by --working-dir or in the image, and do not edit it in mid-run",
+        )
+    if num_workers() > 1:
+        others = torch.tensor(int(other), device=get_device())
+        torch.distributed.all_reduce(others)
+        other = bool(others.item())
+    return not other
 
 
 def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: MetricsBuffer | None) -> None:
@@ -397,7 +413,7 @@ def train_stages(
         "stream": stream,
         "failure": str(failure),
         "unsent": str(storage.resolve().parent / "unsent_metrics.jsonl"),
-        "code": code_fingerprint(),
+        "code": (code_fingerprint(), code_description()),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,
     }

@@ -97,7 +97,7 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Asked by Serve after __init__."""
-        return create_api(self.models, self.metrics, self.args, self.keys)
+        return create_api(self.models, self.metrics, self.args, self.keys, gives_id=False)
 
     def check_health(self) -> None:
         """Asked by Serve; a replica that raises is replaced."""

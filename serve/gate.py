@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +23,10 @@ from serve.metrics import Metrics
 
 GUARDED = ("/v1/", "/metrics")
 """Where a key is wanted; health and the API's description are for anyone who gets this far."""
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?", re.ASCII
+)
+"""A caller's place in a trace, by W3C's Trace Context; the first group is the trace's id."""
 CLIENT_GONE = 499
 """Status in log and counters of a request whose client left before its answer."""
 
@@ -31,7 +35,13 @@ class Gate:
     """The middleware. What routes know of a request for its line in the log, they put into `request.state.log`."""
 
     def __init__(
-        self, app: ASGIApp, keys: Mapping[str, str], rate: RateLimit, metrics: Metrics, log: logging.Logger
+        self,
+        app: ASGIApp,
+        keys: Mapping[str, str],
+        rate: RateLimit,
+        metrics: Metrics,
+        log: logging.Logger,
+        gives_id: bool = True,
     ) -> None:
         """Wrap an app.
 
@@ -41,8 +51,10 @@ class Gate:
             rate: Requests a minute.
             metrics: Where requests are counted.
             log: From `access_log`.
+            gives_id: Whether the answer gets its X-Request-ID here: Serve adds one by itself, and two are too many.
         """
         self.app, self.keys, self.rate, self.metrics, self.log = app, keys, rate, metrics, log
+        self.gives_id = gives_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -50,10 +62,15 @@ class Gate:
             return await self.app(scope, receive, send)
         begun = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")  # Serve sets it where the client did not, and gives it back
+        request_id = headers.get("x-request-id", "")  # Serve sets it where the client did not
         if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
             request_id = uuid.uuid4().hex
         line: dict[str, Any] = {"request_id": request_id}
+        given_back = {"X-Request-ID": request_id} if self.gives_id else {}
+        traceparent = headers.get("traceparent", "")
+        if trace := TRACEPARENT.fullmatch(traceparent):
+            line["trace_id"] = trace[1]
+            given_back["traceparent"] = traceparent
         scope.setdefault("state", {})["log"] = line
         status = CLIENT_GONE
 
@@ -61,6 +78,9 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                answered = MutableHeaders(scope=message)
+                for name, value in given_back.items():
+                    answered[name] = value
             await send(message)
 
         try:

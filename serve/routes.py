@@ -73,7 +73,9 @@ def documented(*statuses: int, **more: str) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": text} for status, text in texts.items()}
 
 
-def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[str, str]) -> FastAPI:
+def create_api(
+    models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[str, str], gives_id: bool = True
+) -> FastAPI:
     """The app of a replica.
 
     Args:
@@ -81,16 +83,18 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
         metrics: What its models count in.
         args: Arguments of the app.
         keys: From `load_keys`.
+        gives_id: Whether answers get their X-Request-ID here; see `Gate`.
     """
     # The gate is outermost, so that a request without a key costs nothing more; but a browser asks about CORS without.
-    middleware = [Middleware(Gate, keys, RateLimit(args.requests_per_minute), metrics, access_log(args.access_log))]
+    rate, log = RateLimit(args.requests_per_minute), access_log(args.access_log)
+    middleware = [Middleware(Gate, keys, rate, metrics, log, gives_id)]
     if args.cors_origins:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=list(args.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["authorization", "content-type", "traceparent"],
+            expose_headers=["x-request-id", "traceparent", "retry-after"],
         )
         middleware.insert(0, cors)
     middleware.append(Middleware(BodyLimit, args.max_body_bytes))

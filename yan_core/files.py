@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -76,6 +77,15 @@ def code_fingerprint() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def code_description() -> str:
+    """Which copy of this package runs, for people: version, commit, fingerprint and folder."""
+    try:
+        release = version("yan")
+    except PackageNotFoundError:  # run from its folder
+        release = "not installed"
+    return f"{release}, commit {code_commit()}, sources {code_fingerprint()}, in {Path(__file__).parent}"
 
 
 def write_file(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The Dockerfile, and what goes into images and uploads."""
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from serve import ingress
 from tests.clusters.checks import CLUSTERS, ROOT, dockerfile
 
 TEXT = (CLUSTERS / "docker/Dockerfile").read_text()
@@ -45,6 +47,14 @@ def test_images_hold_no_secret_and_no_moving_version():
     assert re.search(r"^ARG PYTHON=3\.11\.\d+-slim-\w+$", TEXT, flags=re.M)
     assert all("-c constraints.txt" in line for line in re.findall(r".*pip install.*", TEXT))
     assert "torch==2.13.0" in PROJECT["project"]["dependencies"] and "-c constraints.txt torch==2.13.0 " in TEXT
+
+
+def test_nodes_serve_behind_haproxy_as_a_laptop_does():
+    settings = dict(
+        word.split("=", 1) for line in re.findall(r"^ENV (.*)", STAGES["node"], re.M) for word in shlex.split(line)
+    )
+    assert (settings[ingress.ENABLED], settings["RAY_SERVE_HAPROXY_RETRY_ON"]) == ("1", ingress.RETRIED)
+    assert TEXT.count("FROM node AS") == 2  # cpu and cuda
 
 
 def test_line_that_lists_the_requirements_lists_them_all(tmp_path: Path):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve import ingress
 from tests.clusters.checks import CLUSTERS, ROOT, launcher, written
 
 FILES = ["aws", "gcp", "on_premises"]
@@ -81,6 +82,19 @@ def test_token_authentication_is_on_at_every_node(name: str):
     else:
         starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
         assert all(mode in line for line in starts if "ray start" in line)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_node_serves_behind_haproxy(name: str):
+    config = load(name)
+    if "docker" in config:  # the image says so, see test_docker.py
+        assert "/yan:" in config["docker"]["image"] and "/yan:" in config["docker"]["head_image"]
+        return
+    for line in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        if "ray start" in line:
+            exported = shlex.split(line.split("export ")[1].split(";")[0])
+            assert f"{ingress.ENABLED}=1" in exported
+            assert f"RAY_SERVE_HAPROXY_RETRY_ON={ingress.RETRIED}" in exported
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,12 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,9 @@ from pipelines import jobs
 from pipelines.cli import UsageError, main, parse_config
 from pipelines.jobs import STOP_WAIT_S
 from tests.clusters.conftest import free_port
+from tests.pipelines.conftest import ON_A_HEAD, yan
 from yan_core.config import RunConfig, from_dict
-from yan_core.training import TrainingFailed
+from yan_core.files import code_commit, code_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "pipelines/configs").rglob("*.yaml"))
@@ -117,74 +116,52 @@ def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPat
     assert "--address is missing" in capsys.readouterr().err
 
 
-def test_worker_with_another_copy_of_the_code_stops_the_run(monkeypatch: pytest.MonkeyPatch):
-    from pipelines import train
+DRIVER = """
+import sys
+import ray
+from pipelines.run import run
+from yan_core.config import RunConfig, from_dict
+import yaml
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+         object_store_memory=200 * 2**20, runtime_env={"py_modules": [sys.argv[2]]})
+run(from_dict(RunConfig, yaml.safe_load(open(sys.argv[1]))), publish=False)
+"""
 
-    context = types.SimpleNamespace(get_world_rank=lambda: 1)
-    monkeypatch.setattr(train.ray.train, "get_context", lambda: context)
-    with pytest.raises(
-        TrainingFailed, match="worker 1 runs another copy of yan_core .* than the driver .0123456789ab."
-    ):
-        train.train_loop({"code": "0123456789ab"})
+
+@pytest.mark.ray
+def test_workers_with_another_copy_of_the_code_stop_the_run_at_once(tiny_settings: dict, tmp_path: Path):
+    copy = tmp_path / "other/yan_core"
+    shutil.copytree(ROOT / "yan_core", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "solver.py").open("a") as file:
+        file.write("# Edited since.\n")
+    world = {"format": "world", "num_train": 400, "num_validation": 40}
+    data = {**tiny_settings["data"], "datasets": {"small": world}}
+    scaling = {"num_workers": 2, "max_failures": -1}
+    settings = {**tiny_settings, "data": data, "runs_dir": str(tmp_path / "runs"), "scaling": scaling}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "config.yaml"), str(copy)],
+        cwd=tmp_path,  # else its folder would come before the copy
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    here = rf"[^(]*commit {code_commit()}, sources {code_fingerprint()}, in {ROOT}/yan_core"
+    assert re.search(r"TrainingFailed: training failed: worker [01] runs another copy of yan_core \([^)]*\)", last), (
+        last
+    )
+    assert re.search(rf"than the driver \({here}\): ship one copy, by --working-dir or in the image", last), last
+    assert not list((tmp_path / "runs/tiny").rglob("checkpoint.json"))
 
 
 # --- on a real head ---------------------------------------------------------------------------------------------------
 
-on_a_head = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, dict[str, str]]]:
-    """Address of a Ray head of the test's own that wants a token, and the environment that has it."""
-    with tempfile.TemporaryDirectory(prefix="yan") as home:
-        token = Path(home, "auth_token")
-        token.write_text("0123456789abcdef" * 2)
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-        binaries = str(Path(sys.executable).parent)
-        # The job's `python` is ours, with its packages; its code is what was uploaded.
-        variables |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": ""}
-        dashboard = free_port()
-        ports = {
-            "port": free_port(),
-            "ray-client-server-port": free_port(),
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": free_port(),
-        }
-        options = [f"--{name}={port}" for name, port in ports.items()]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4"]
-        log = Path(home, "log")
-        with log.open("w") as out:
-            ray = subprocess.Popen(
-                [
-                    *command,
-                    *options,
-                    "--object-store-memory=200000000",
-                    f"--temp-dir={home}/r",
-                ],
-                env=variables,
-                stdout=out,
-                stderr=out,
-            )
-            try:
-                address = f"http://127.0.0.1:{dashboard}"
-                deadline = time.monotonic() + 180
-                while yan(["jobs", "--address", address], variables).returncode:
-                    assert ray.poll() is None and time.monotonic() < deadline, log.read_text()
-                    time.sleep(2)
-                yield address, variables
-            finally:
-                ray.terminate()
-                ray.wait(60)
-
-
-def yan(arguments: list[str], variables: dict[str, str], timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout_s)
-
 
 class TestOnAHead:
-    pytestmark = on_a_head
+    pytestmark = ON_A_HEAD
 
     @pytest.fixture
     def config(self, tiny_settings: dict, tmp_path: Path) -> Path:

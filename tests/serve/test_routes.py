@@ -379,6 +379,49 @@ def test_the_access_log_has_a_line_a_request_and_prompts_only_if_asked(start, tm
     assert log_prompts or "apple" not in file.read_text()
 
 
+def traceparent(version: str = "00", trace: str = "4bf92f3577b34da6a3ce929d0e0e4736", end: str = "") -> str:
+    return f"{version}-{trace}-00f067aa0ba902b7-01{end}"
+
+
+def test_one_id_from_request_to_answer_to_log_line_whatever_the_answer(start, tmp_path):
+    file = tmp_path / "access.jsonl"
+    client = start(access_log=str(file), keys={"ann": hashlib.sha256(b"k").hexdigest()})
+    key = {"Authorization": "Bearer k", "traceparent": traceparent()}
+    answers = [
+        client.post("/v1/generate", json={"source": "apple"}, headers={**key, "x-request-id": "mine-1"}),
+        client.post("/v1/generate", json={"source": "apple", "stream": True}, headers=key),
+        client.post("/v1/generate", json={}, headers=key),
+        client.get("/v1/models", headers={"traceparent": traceparent()}),
+        client.get("/nowhere", headers=key),
+        client.get("/healthz", headers=key),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 422, 401, 404, 200]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [answer.headers["x-request-id"] for answer in answers] == [line["request_id"] for line in lines]
+    assert lines[0]["request_id"] == "mine-1" and len({line["request_id"] for line in lines}) == len(lines)
+    assert {line["trace_id"] for line in lines} == {"4bf92f3577b34da6a3ce929d0e0e4736"}
+    assert {answer.headers["traceparent"] for answer in answers} == {traceparent()}
+
+
+@pytest.mark.parametrize(
+    ("header", "known"),
+    [
+        (traceparent(), True),
+        (traceparent("01", end="-more"), True),
+        (traceparent("ff"), False),
+        (traceparent(trace="0" * 32), False),
+        (traceparent(trace="A" * 32), False),
+        ("", False),
+        ('"}\t{', False),
+    ],
+)
+def test_trace_that_is_none_is_not_logged(start, tmp_path, header: str, known: bool):
+    file = tmp_path / "access.jsonl"
+    answer = start(access_log=str(file)).get("/healthz", headers={"traceparent": header})
+    assert answer.status_code == 200
+    assert ("trace_id" in json.loads(file.read_text())) == known == ("traceparent" in answer.headers)
+
+
 def test_metrics_count_what_was_done(start):
     client = start()
     generate(client, num_candidates=2, num_steps=4)

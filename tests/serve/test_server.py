@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,22 @@ def test_a_client_that_leaves_is_seen_and_its_work_ends(server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert json.loads(lines[0])["status"] == 499
+
+
+@pytest.mark.parametrize("body", [{"source": QUESTION}, {"source": ""}])
+def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body):
+    trace = uuid.uuid4().hex
+    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    headers["Authorization"] = f"Bearer {KEY}"
+    request = urllib.request.Request(f"{server.url}/v1/generate", json.dumps(body).encode(), headers)
+    try:
+        answered = urllib.request.urlopen(request, timeout=60).headers
+    except urllib.error.HTTPError as error:
+        answered = error.headers
+    (told,) = answered.get_all("X-Request-ID") or [""]  # one, not Serve's and ours
+    (line,) = [json.loads(line) for line in server.access_log.read_text().splitlines() if trace in line]
+    assert (line["request_id"], line["trace_id"]) == (told, trace)
+    assert answered["traceparent"] == headers["traceparent"]
 
 
 def test_the_access_log_names_the_key_and_no_prompt(server):

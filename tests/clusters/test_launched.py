@@ -1,0 +1,274 @@
+"""The runbook's way from nothing to a served model on three machines, which then lose a node each way.
+
+`make test-cluster`. The machines are namespaces of this one (tests/clusters/machines.py), launched by SSH with
+clusters/launcher/on_premises.yaml, of which hosts, user and key alone are filled in.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.clusters.checks import ROOT
+from tests.clusters.conftest import free_port
+from tests.clusters.machines import ADDRESSES, NAMES, Machines, missing
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(missing()), reason=missing() or "machines can be made"),
+]
+WORKERS = NAMES[1:]
+SHORT = (
+    " --stages.autoencoder.max_steps 20 --stages.flow.max_steps 10 --stages.finetune.max_steps 20"
+    " --evaluation.max_rows 20 --evaluation.num_steps [1,3]"
+)
+
+
+def five_commands() -> list[str]:
+    """The runbook's block after its heading, one command a line."""
+    text = (ROOT / "docs/OPERATIONS.md").read_text()
+    (block,) = re.findall(r"^## From nothing to a served model\n.*?```bash\n(.*?)```", text, flags=re.M | re.S)
+    return block.replace("\\\n", " ").strip().splitlines()
+
+
+class Launched:
+    """The cluster of the machines, as a person at the launching machine sees it."""
+
+    def __init__(self, home: Path) -> None:
+        self.machines = Machines(home / "machines", home)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        self.environment = kept | {
+            "HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": str(home / "ray"),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(home / ".yan/auth/auth_token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.address = ""
+
+    def shell(self, command: str, timeout_s: float = 300) -> str:
+        """What a command printed; it must succeed."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, f"{command}\n{said[-4000:]}"
+        return said
+
+    def nodes(self) -> list[str]:
+        """Addresses of the nodes that live, by the head."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        found = asked(f"{self.address}/nodes?view=summary", token)["data"]["summary"]
+        return sorted(node["ip"] for node in found if node["raylet"].get("state") == "ALIVE")
+
+    def wait_for_nodes(self, names: tuple[str, ...], timeout_s: float = 120) -> None:
+        wait_until(lambda: self.nodes() == sorted(ADDRESSES[name] for name in names), timeout_s, self.nodes)
+
+    def application(self) -> dict[str, Any]:
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        return asked(f"{self.address}/api/serve/applications/", token)["applications"].get("yan", {})
+
+    def replicas(self) -> list[tuple[str, str]]:
+        """Address and id of the replicas that answer."""
+        deployment = self.application().get("deployments", {}).get("yan", {})
+        return sorted(
+            (r["node_ip"], r["replica_id"]) for r in deployment.get("replicas", []) if r["state"] == "RUNNING"
+        )
+
+
+def asked(url: str, token: str) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def wait_until(holds: Any, timeout_s: float, told: Any = lambda: "") -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if holds():
+                return
+        except (OSError, ValueError):
+            pass  # the tunnel or the head is not there yet
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """Launched by the first two of the five commands; its dashboard by a tunnel, as in the runbook."""
+    home = tmp_path_factory.mktemp("home")
+    launched = Launched(home)
+    tunnel = None
+    try:
+        commands = five_commands()
+        assert commands[0].split("#")[0].strip() == "make machines"
+        launched.machines.up()  # what it runs, in a folder of the test's
+        launched.shell(commands[1].replace("runs/machines", str(launched.machines.folder)))
+        port = free_port()
+        launched.address = f"http://127.0.0.1:{port}"
+        with (home / "tunnel").open("w") as log:
+            command = ["ray", "dashboard", "--port", str(port), str(launched.machines.file)]
+            tunnel = subprocess.Popen(
+                command, env=launched.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT
+            )
+        launched.wait_for_nodes(NAMES)
+        yield launched
+    finally:
+        if tunnel is not None:
+            tunnel.terminate()
+            tunnel.wait(30)
+        logs = sorted(home.glob("machines/*/log"))
+        print("".join(log.read_text()[-500:] for log in logs))
+        launched.machines.down()
+
+
+def test_five_commands_end_in_an_answer(cluster: Launched):
+    _, _, submit, deploy, ask = (c.replace("runs/machines", str(cluster.machines.folder)) for c in five_commands())
+    said = cluster.shell(submit.replace("world.yaml", f"world.yaml{SHORT}"))
+    assert re.search(r"^job \S+: SUCCEEDED; MLflow run: \w{32}", said, flags=re.M), said[-2000:]
+    assert (cluster.machines.shared / "world/model/config.json").is_file()
+    cluster.shell(deploy)
+    answer = json.loads(cluster.shell(ask).splitlines()[-1])
+    assert answer["model"] == "world" and "text" in answer
+
+
+def test_script_of_ones_own_is_sent_and_run(cluster: Launched, tmp_path: Path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import ray\nray.init()\nprint(sorted(n['NodeManagerAddress'] for n in ray.nodes() if n['Alive']))\n"
+    )
+    said = cluster.shell(f"ray submit --no-config-cache {cluster.machines.file} {script}")
+    assert str(sorted(ADDRESSES.values())) in said
+    assert "4.0 CPU" in cluster.shell(f"ray exec {cluster.machines.file} 'ray status'")
+
+
+class Callers:
+    """Requests without end against the head's address; each is to be answered once, with 200."""
+
+    def __init__(self, cluster: Launched, count: int = 4) -> None:
+        key = (cluster.machines.folder / "api_key").read_text()
+        self.url = f"http://{ADDRESSES['head']}:8000/v1/generate"
+        self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self.answered, self.failed, self.stopping = 0, [], threading.Event()
+        self.pool = ThreadPoolExecutor(count)
+        self.work = [self.pool.submit(self._ask, i) for i in range(count)]
+
+    def _ask(self, seed: int) -> None:
+        body = json.dumps({"source": "Where is Mary?", "seed": seed}).encode()
+        while not self.stopping.is_set():
+            try:
+                with urllib.request.urlopen(urllib.request.Request(self.url, body, self.headers), timeout=60) as answer:
+                    json.load(answer)
+                    self.answered += 1
+            except (OSError, ValueError) as error:
+                told = error.read().decode() if isinstance(error, urllib.error.HTTPError) else ""
+                self.failed.append(f"{time.strftime('%X')} {error} {told:.200}")
+
+    def stop(self) -> None:
+        self.stopping.set()
+        for done in self.work:
+            done.result(90)
+        self.pool.shutdown()
+
+
+def test_no_request_is_lost_by_an_upgrade_nor_by_a_node_that_dies(cluster: Launched):
+    """Two replicas, each on a node of its own. The callers ask the head, whose HAProxy is not what dies."""
+    file = cluster.machines.serve_file
+    config = yaml.safe_load(file.read_text())
+    config["applications"][0]["args"] |= {"num_replicas": 2, "num_steps": 2}
+
+    def deploy() -> None:
+        file.write_text(yaml.safe_dump(config))
+        cluster.shell(f"serve deploy {file} --address {cluster.address}")
+
+    def up(before: list[tuple[str, str]]) -> bool:
+        now = cluster.replicas()
+        return (
+            cluster.application().get("status") == "RUNNING"
+            and {address for address, _ in now} == {ADDRESSES[name] for name in WORKERS}
+            and len(now) == 2
+            and not set(now) & set(before)
+        )
+
+    before = cluster.replicas()
+    deploy()
+    wait_until(lambda: up(before), 180, cluster.application)
+    callers = Callers(cluster)
+    try:
+        wait_until(lambda: callers.answered > 20, 60)
+        before = cluster.replicas()
+        config["applications"][0]["args"]["num_steps"] = 4
+        deploy()
+        wait_until(lambda: up(before), 180, cluster.application)
+        upgraded, lost = callers.answered, list(callers.failed)
+        victim = WORKERS[1]
+        cluster.machines.kill(victim)
+        wait_until(lambda: ADDRESSES[victim] not in cluster.nodes(), 90, cluster.nodes)
+        time.sleep(10)  # and a replica is looked for elsewhere
+    finally:
+        callers.stop()
+    print(f"{upgraded} requests until upgraded, {callers.answered} in all, lost: {callers.failed}")
+    assert lost == [] and callers.failed == []
+    assert callers.answered > upgraded + 20
+
+
+def test_training_goes_on_when_a_node_is_cut_off(cluster: Launched, tiny_settings: dict[str, Any], tmp_path: Path):
+    """The node that the autoscaler has started again is there for it; then the one that trains loses its network."""
+    cluster.wait_for_nodes(NAMES)
+    cluster.shell(f"serve shutdown --yes --address {cluster.address}")
+    runs = f"{cluster.machines.root}/yan/runs"
+    world = {"format": "world", "num_train": 400, "num_validation": 40}
+    scaling = {"num_workers": 2, "cpus_per_worker": 0.5, "checkpoint_every_s": 1.0, "max_failures": 3}
+    stages = {**tiny_settings["stages"], "finetune": {**tiny_settings["stages"]["finetune"], "max_steps": 1500}}
+    data = {**tiny_settings["data"], "datasets": {"small": world}}
+    settings = {**tiny_settings, "name": "cut", "data": data, "runs_dir": runs, "scaling": scaling, "stages": stages}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    submit = f"yan submit --address {cluster.address} --command train --config {config}"
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(cluster.shell, f"{sys.executable} -m pipelines{submit.removeprefix('yan')}", 400)
+        saved = cluster.machines.shared / "cut/checkpoints/training"
+        trains: list[str] = []
+        try:
+            wait_until(lambda: job.done() or list(saved.glob("checkpoint_*/checkpoint.json")), 180)
+            trains = [name for name in WORKERS if cluster.machines.runs(name, "RayTrainWorker")]
+            assert not job.done() and trains
+            time.sleep(3)
+            cluster.machines.cut(trains[0])
+            said = job.result(400)
+        finally:
+            for name in trains[:1]:
+                cluster.machines.cut(name, off=False)
+    assert "SUCCEEDED" in said
+    resumed = [int(step) for step in re.findall(r"goes on from its checkpoint at step (\d+)", said)]
+    assert resumed and resumed[0] > 0, said[-3000:]
+    assert (cluster.machines.shared / "cut/stages/finetune").is_dir()
+
+
+def test_ray_down_ends_ray_on_every_machine(cluster: Launched):
+    """`ray down` stops the head alone; the workers end when they have missed it for a minute."""
+    cluster.shell(f"ray down --yes {cluster.machines.file}")
+    assert not cluster.machines.runs("head", "raylet")
+    wait_until(lambda: not any(cluster.machines.runs(name, "raylet") for name in WORKERS), 120)
