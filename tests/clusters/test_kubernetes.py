@@ -229,3 +229,12 @@ def test_pods_that_ask_the_api_server_nothing_have_no_account_token():
         if "headGroupSpec" not in where:  # its autoscaler does
             assert pod["spec"]["serviceAccountName"] == account["metadata"]["name"], where
             assert pod["spec"]["automountServiceAccountToken"] is False, where
+
+
+def test_the_service_knows_who_may_ask():
+    """It listens on every address, and a server that does so without keys refuses to start."""
+    (service,) = find("RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert config["http_options"]["host"] == "0.0.0.0"
+    ours = [container for where, container in CONTAINERS if "RayService" in where or "ray_service" in where]
+    assert ours and all({"secretRef": {"name": "yan-api-keys"}} in container["envFrom"] for container in ours)
