@@ -216,7 +216,11 @@ def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body):
     except urllib.error.HTTPError as error:
         answered = error.headers
     (told,) = answered.get_all("X-Request-ID") or [""]  # one, not Serve's and ours
-    (line,) = [json.loads(line) for line in server.access_log.read_text().splitlines() if trace in line]
+    deadline = time.monotonic() + 30  # the line is written when the answer has gone
+    while not (lines := [line for line in server.access_log.read_text().splitlines() if trace in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (line,) = map(json.loads, lines)
     assert (line["request_id"], line["trace_id"]) == (told, trace)
     assert answered["traceparent"] == headers["traceparent"]
 
