@@ -1,6 +1,6 @@
-"""What happens under load to a server of two replicas: one is killed, the app is upgraded, an alias moves.
+"""What happens to a server under load: a replica is killed, the app is upgraded, an alias moves.
 
-Each time 2,000 requests and more, of which none fails. Marked soak: a minute each.
+No request fails: 2,000 and more each time. Marked soak: a minute each.
 """
 
 from __future__ import annotations
