@@ -152,6 +152,7 @@ def _start_ray(args: AppArgs, ray_address: str | None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot reach Ray at {address}: {_last_line(str(error))}") from error
         return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15, which leaves a server what others do not want
     # Behind HAProxy a replica stays half a minute for load balancers to look away; here there are none.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
     # Serve kills a proxy that is not up in 5 s, and on a busy machine every other one after it.

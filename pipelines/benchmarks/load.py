@@ -17,6 +17,8 @@ Body = Callable[[int], dict[str, Any]]
 """The JSON body of the i-th request."""
 FAILED = 0
 """Status of a request that had no answer."""
+REFUSED_S = 0.1
+"""How long a client of a closed loop waits after a refusal; at once again, and it would take the server's cores."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ def closed_loop(url: str, body: Body, clients: int, seconds: float, headers: dic
                 while (now := time.perf_counter()) - started < seconds:
                     number, count = count, count + 1
                     samples.append(await session.ask(url, body(number), started, now))
+                    if samples[-1].status != 200:
+                        await asyncio.sleep(REFUSED_S)
 
             await asyncio.gather(*(client() for _ in range(clients)))
             return Load(samples, time.perf_counter() - started)

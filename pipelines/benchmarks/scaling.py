@@ -2,8 +2,9 @@
 
     python -m pipelines.benchmarks.scaling
 
-The constants are measured first: the rate of matrix products with one thread, the share of it that a bare training step
-reaches (no Ray), and what gloo takes for an all-reduce. Then Ray Train runs the same steps with one and two workers.
+The constants are measured too: the rate of matrix products with one thread, the share of it that a bare training step
+(no Ray) reaches with as many processes at once as there are workers and with a worker's part of the batch, and what
+gloo takes for an all-reduce. Ray Train runs the same steps with one and two workers.
 """
 
 from __future__ import annotations
@@ -58,6 +59,18 @@ def all_reduce_s(numbers: int) -> tuple[float, float]:
     return large, small
 
 
+def _bare(rank: int, config: RunConfig, prepared: Path, first: int, last: int, found: Any) -> None:
+    torch.set_num_threads(1)
+    found.put(without_ray(config, prepared, first, last))
+
+
+def bare_step_s(config: RunConfig, prepared: Path, first: int, last: int, processes: int) -> float:
+    """Mean seconds of a step of a plain loop, the slowest of so many that run at once."""
+    found = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_bare, (config, prepared, first, last, found), nprocs=processes)  # type: ignore[attr-defined]
+    return max(found.get() for _ in range(processes)) / (last - first)
+
+
 def seen_tokens(config: RunConfig, prepared: Path, steps: int) -> float:
     """Mean number of places of a source in the batches of the first steps, padding included."""
     from pipelines.prepare import open_prepared
@@ -77,6 +90,7 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(args)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the plain loops have; by default Ray gives its workers 15
     rate = matmul_rate(torch.device("cpu"), torch.float32)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,31 +101,36 @@ def main(args: Sequence[str] | None = None) -> int:
             job = Job.of(config, 1e9, workers)
             prepared = Path(scratch) / config.name / "prepared"
             if base is None:
-                bare_s = without_ray(config, prepared, first, last) / (last - first)
                 source = round(seen_tokens(config, prepared, last))
-                vocab = json.loads((prepared / "manifest.json").read_text())["vocab_size"]
-                base = (source, vocab)
-                job = Job(**{**vars(job), "source_tokens": source, "vocab_size": vocab})
-                efficiency = chosen.batch_size * sum(row_flops(job)) / (bare_s * rate)
-                _, learning = num_parameters(job)
-                large, small = all_reduce_s(int(learning))
-                hardware = type(hardware)(
-                    flops_per_s=rate,
-                    efficiency=efficiency,
-                    memory_bytes=1e12,
-                    workers_per_node=8,
-                    node_bytes_per_s=2 * 4 * learning * 0.5 / max(1e-9, large - small),
-                    network_bytes_per_s=1e9,
-                    latency_s=small / 2,
-                )
-                print(f"matrix products {rate / 1e9:.1f} GFLOP/s, bare step {1000 * bare_s:.1f} ms: {efficiency:.0%}")
-                print(
-                    f"all-reduce of {learning / 1e6:.1f}M numbers {1000 * large:.1f} ms, of eight {1000 * small:.2f} ms"
-                )
+                base = (source, json.loads((prepared / "manifest.json").read_text())["vocab_size"])
             job = Job(**{**vars(job), "source_tokens": base[0], "vocab_size": base[1]})
+            part = chosen.batch_size // workers
+            alone = run_config(Path(scratch), chosen.steps, part, f"bare{workers}")
+            bare_s = bare_step_s(alone, prepared, first, last, workers)
+            _, learning = num_parameters(job)
+            large, small = all_reduce_s(int(learning))
+            hardware = type(hardware)(
+                flops_per_s=rate,
+                efficiency=part * sum(row_flops(job)) / (bare_s * rate),
+                memory_bytes=1e12,
+                workers_per_node=8,
+                node_bytes_per_s=2 * 4 * learning * 0.5 / max(1e-9, large - small),
+                network_bytes_per_s=1e9,
+                latency_s=small / 2,
+            )
+            print(
+                f"{workers} at once: bare step of {part} rows {1000 * bare_s:.1f} ms, {hardware.efficiency:.0%} of "
+                f"{rate / 1e9:.1f} GFLOP/s; all-reduce of {learning / 1e6:.1f}M numbers {1000 * large:.1f} ms, "
+                f"of eight {1000 * small:.2f} ms"
+            )
             plan = make_plan(job, hardware)
             measured = seconds / (last - first)
-            row = {"workers": workers, "predicted_ms": 1000 * plan.step_s, "measured_ms": 1000 * measured}
+            row = {
+                "workers": workers,
+                "bare_ms": 1000 * bare_s,
+                "predicted_ms": 1000 * plan.step_s,
+                "measured_ms": 1000 * measured,
+            }
             row |= {
                 "error": plan.step_s / measured - 1,
                 "communicate_ms": 1000 * communicate_s(job, hardware, *reversed(num_parameters(job))),
@@ -122,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),
         "machine": describe(torch.device("cpu")),
-        "hardware": vars(hardware),
+        "hardware_of_two": vars(hardware),
         "rows": rows,
     }
     leave(report, chosen.results, "scaling", chosen.json)

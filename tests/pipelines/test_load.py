@@ -74,7 +74,7 @@ def test_an_open_loop_does_not_wait_for_answers(served):
 
 def test_refusals_and_silence_are_counted_apart(served):
     _, url = served
-    load = closed_loop(url, lambda i: {"status": 503} if i % 2 else {"status": 500}, 1, 0.1)
+    load = closed_loop(url, lambda i: {"status": 503} if i % 2 else {"status": 500}, 1, 0.5)
     assert set(load.summary()["statuses"]) == {"500", "503"} and load.summary()["p50_ms"] is None
     silent = closed_loop("http://127.0.0.1:9/", lambda i: {}, 1, 0.05)
     assert set(silent.summary()["statuses"]) == {"0"}
