@@ -79,13 +79,29 @@ def check_tracking(config: RunConfig) -> None:
     """
     uri = tracking_uri(config)
     try:
-        _client(uri).search_experiments(max_results=1)
+        with _first_use(uri):
+            _client(uri).search_experiments(max_results=1)
     except (*STORE_ERRORS, ImportError) as error:  # ImportError: no database driver
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrackingError(
             f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "
             "is up or to sqlite:///some/file.db"
         ) from error
+
+
+@contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """One process at a time makes the tables of a new SQLite file: two that begin at once would trip each other."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    import fcntl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f".{file.name}.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray import serve as ray_serve
+from ray.serve.exceptions import RayServeException
 
 # Ray brings its own psutil, and its import puts it on the path.
 import psutil  # isort: skip # pyright: ignore[reportMissingModuleSource]
@@ -34,6 +36,9 @@ APP_NAME = "yan"
 """Name of the application in Serve."""
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own logs, which go to files of the Ray session."""
+
+RAY_ERRORS = (RuntimeError, OSError, ray.exceptions.RayError, RayServeException)
+"""What Ray and Serve raise when a part of theirs does not answer."""
 
 
 class LaunchError(RuntimeError):
@@ -159,13 +164,27 @@ def _start_ray(args: AppArgs, ray_address: str | None) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # CPUs are logical: two replicas on one core are slow, not impossible. The store holds no data of ours.
     logical = max(os.cpu_count() or 1, math.ceil(args.most_replicas * args.cpus_per_replica))
-    ray.init(address="local", num_cpus=logical, object_store_memory=256 * 2**20, include_dashboard=False, **common)
+    start_local_ray(num_cpus=logical, object_store_memory=256 * 2**20, include_dashboard=False, **common)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if args.use_gpu and gpus < args.most_replicas:
         raise LaunchError(
             f"use_gpu=true with {args.most_replicas} replicas needs as many GPUs, Ray sees {gpus} here; have fewer "
             "replicas or set use_gpu=false"
         )
+
+
+def start_local_ray(**settings: Any) -> None:
+    """Start a Ray of this process's own; once more when a busy machine kept the first from coming up in time."""
+    for last in (False, True):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            ray.shutdown()
+            if last:
+                raise LaunchError(
+                    f"Ray did not start on this machine, tried twice: {_last_line(str(error))}"
+                ) from error
 
 
 def _refuse_second_serve() -> None:
@@ -184,7 +203,10 @@ def _deploy(args: AppArgs, host: str, port: int, timeout_s: float) -> str:
     from serve.app import build_app
 
     deadline = time.monotonic() + timeout_s
-    ray_serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
+    try:
+        ray_serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
+    except RAY_ERRORS as error:
+        raise LaunchError(f"Ray Serve did not start: {_last_line(str(error))}") from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # serve.start has set it to its own
     target = ray_serve.RunTarget(build_app(args), name=APP_NAME, logging_config=LOGGING)
     ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -216,7 +238,10 @@ def _answers(url: str) -> bool:
 
 def _failure() -> tuple[bool, str]:
     """Whether Serve has given the app up, and the latest reason it names, in one line."""
-    app = ray_serve.status().applications.get(APP_NAME)
+    try:
+        app = ray_serve.status().applications.get(APP_NAME)
+    except RAY_ERRORS as error:  # a busy controller answers late
+        return False, _last_line(str(error))
     if app is None:
         return False, ""
     messages = [deployment.message for deployment in app.deployments.values()] + [app.message]

@@ -1,6 +1,8 @@
 """Metrics on their way to MLflow: in order, at once, and not lost when it does not answer."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -98,3 +100,22 @@ def test_closing_ends_the_thread(tmp_path, up):
     buffer.close(timeout_s=0.5)
     buffer.thread.join(20)
     assert not buffer.thread.is_alive()
+
+
+def test_runs_that_begin_at_once_make_one_store(tmp_path):
+    code = (
+        "import sys\nfrom pipelines.tracking import check_tracking\nfrom yan_core.config import RunConfig\n"
+        "config = RunConfig(name='a', runs_dir=sys.argv[1])\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "check_tracking(config)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-c", code, str(tmp_path / "runs")]
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipe) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors

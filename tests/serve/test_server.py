@@ -22,7 +22,7 @@ import openai
 import pytest
 import ray
 
-from serve.launch import LaunchError, running_server
+from serve.launch import LaunchError, running_server, start_local_ray
 from serve.schemas import AppArgs
 from tests.serve.conftest import save_tiny
 from yan_core.checkpoint import CheckpointError
@@ -271,6 +271,20 @@ def test_a_port_in_use_is_said_before_anything_starts(server, model_folder):
             pass
     assert time.monotonic() - begun < 2
     assert not ray.is_initialized()
+
+
+def test_a_ray_that_does_not_come_up_is_started_once_more(monkeypatch):
+    outcomes = [Exception("the node timed out"), None, Exception("first"), Exception("the node timed out again")]
+
+    def init(**settings):
+        if error := outcomes.pop(0):
+            raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    start_local_ray()
+    with pytest.raises(LaunchError, match="Ray did not start on this machine, tried twice: the node timed out again"):
+        start_local_ray()
+    assert outcomes == []
 
 
 def test_it_listens_on_loopback_only(server):
