@@ -110,11 +110,14 @@ def test_runs_that_begin_at_once_make_one_store(tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-c", code, str(tmp_path / "runs")]
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env=environment, **pipe) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, env=environment, text=True, stdin=-1, stdout=-1, stderr=-1)  # -1: subprocess.PIPE
+        for _ in range(3)
+    ]
     for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:
+        assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
     errors = [process.communicate(timeout=100)[1] for process in processes]
