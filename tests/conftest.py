@@ -6,9 +6,14 @@ compute, and one for all else.
 
 import fcntl
 import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -51,26 +56,44 @@ def mlflow_left_as_it_was():
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """URL of an empty S3 bucket of a server in this process, for every process that is started from here."""
+@contextmanager
+def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    before = dict(os.environ)
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "any",
-        "AWS_SECRET_ACCESS_KEY": "any",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
     urllib.request.urlopen(urllib.request.Request(f"{endpoint}/yan", method="PUT")).close()
-    yield "s3://yan"
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
+    yield "s3://yan", {"AWS_ENDPOINT_URL": endpoint, **keys}
     server.stop()
-    os.environ.clear()
-    os.environ.update(before)
+
+
+@contextmanager
+def google_server() -> Iterator[tuple[str, dict[str, str]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.google_storage", str(port)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL) as server:
+        deadline = time.monotonic() + 60
+        with socket.socket() as probe:
+            while probe.connect_ex(("127.0.0.1", port)):
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        yield "gs://anonymous@yan", {"CLOUD_STORAGE_EMULATOR_ENDPOINT": f"http://127.0.0.1:{port}"}
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of an empty bucket of a server of its own, for every process started from here; by default S3's."""
+    with {"s3": s3_server, "gs": google_server}[getattr(request, "param", "s3")]() as (url, variables):
+        before = dict(os.environ)
+        os.environ |= variables
+        yield url
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.pipelines.test_checkpoints import NAMES, at, write
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True, scope="module")]
 
 ROWS = [{"context": f"Mary went to room {i}.", "question": "Where?", "answer": f"room {i}"} for i in range(40)]
 
@@ -61,5 +61,5 @@ def test_a_data_set_in_a_bucket_gives_the_same_shards(bucket, tmp_path):
     assert [f["sha256"] for f in far.manifest["files"].values()] == [
         f["sha256"] for f in near.manifest["files"].values()
     ]
-    with pytest.raises(DataError, match="no file at s3://yan/elsewhere/train.parquet"):
+    with pytest.raises(DataError, match=f"no file at {bucket}/elsewhere/train.parquet"):
         prepare(config(f"{bucket}/elsewhere"), tmp_path / "none", lambda _: None)
