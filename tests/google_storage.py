@@ -16,7 +16,7 @@ list_files = Storage.get_file_list
 def with_folders(
     self: Storage, bucket: str, prefix: str | None = None, delimiter: str | None = None, *rest: Any, **named: Any
 ) -> tuple[list[Any], list[str]]:
-    """The listing with `includeTrailingDelimiter`, by which Arrow finds folders and which the emulator does not know."""
+    """The listing with `includeTrailingDelimiter`, by which Arrow finds folders; the emulator lacks it."""
     files, folders = list_files(self, bucket, prefix, delimiter, *rest, **named)
     for folder in folders:
         try:
