@@ -339,7 +339,7 @@ def _demo(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan demo", usage="yan demo NAME [options]; see yan demo NAME --help")
     parser.add_argument("NAME", choices=["geometry"], help="geometry: what experts are for, on points in the plane")
     parser.parse_args(args[:1])
-    from pipelines.geometry import main as geometry
+    from pipelines.geometry.demo import main as geometry
 
     return geometry(args[1:])
 

@@ -8,28 +8,25 @@ import os
 import pytest
 import torch
 
-from pipelines import geometry
 from pipelines.cli import main
-from pipelines.geometry import (
-    DATA_SETS,
+from pipelines.geometry import flows
+from pipelines.geometry.flows import (
     SOLVER_STEPS,
     TRAININGS,
     Job,
     PointLoss,
     Settings,
     Trained,
-    draw_points,
     fresh_model,
     gate_at,
     generate,
     held_out,
     no_source,
-    shares,
-    sliced_wasserstein,
     train_and_measure,
     train_flow,
-    with_mean,
 )
+from pipelines.geometry.points import DATA_SETS, draw_points, sliced_wasserstein
+from pipelines.geometry.results import shares, with_mean
 from yan_core.batching import Batch
 from yan_core.config import FlowLossConfig, ModelConfig, OptimConfig, from_dict
 from yan_core.loss import flow_loss
@@ -203,6 +200,6 @@ def die(job, settings):
 
 
 def test_a_killed_process_is_said_to_be_one(monkeypatch):
-    monkeypatch.setattr(geometry, "train_and_measure", die)
+    monkeypatch.setattr(flows, "train_and_measure", die)
     with pytest.raises(TrainingFailed, match="a training process was killed from outside"):
-        list(geometry.train_all(Settings(data_sets=("ring",), experts=(1, 2)), processes=2))
+        list(flows.train_all(Settings(data_sets=("ring",), experts=(1, 2)), processes=2))

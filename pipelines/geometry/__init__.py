@@ -1,0 +1,1 @@
+"""`yan demo geometry`: points -> flows -> distances -> pictures."""
