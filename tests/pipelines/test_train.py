@@ -8,7 +8,7 @@ import torch
 from pipelines.checkpoints import Checkpoints
 from pipelines.order import Position, RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
-from pipelines.train import left_from
+from pipelines.worker import left_from
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
