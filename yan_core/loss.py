@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from yan_core.baselines import Baseline
 from yan_core.batching import Batch
-from yan_core.config import AutoencoderLossConfig, FlowLossConfig, ModelConfig
+from yan_core.config import AutoencoderLossConfig, FlowLossConfig
+from yan_core.counts import Counts, count, count_places, token_weights
 from yan_core.model import FlowNetwork, Source, YanModel
 from yan_core.moe import (
     balance_loss,
@@ -29,10 +30,9 @@ from yan_core.moe import (
     velocity_log_likelihood,
 )
 from yan_core.noise import RowDraws, Stream, fold, normal, uniform
-from yan_core.parallel import even_share, gather, num_workers
+from yan_core.parallel import gather, num_workers
 from yan_core.path import beta_times, endpoint_of, straight_path
 from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
-from yan_core.tokenization import Tokenizer
 
 SOURCE, TARGET, PASSES, SECOND_PASS, SOLVER = range(5)
 """Places where dropout draws."""
@@ -49,70 +49,6 @@ class LossOutput:
 
     total: Tensor
     parts: dict[str, Tensor]
-
-
-def token_weights(ids: Tensor, mask: Tensor, fill_weight: float) -> Tensor:
-    """How much each target token counts: 1 up to the first end-of-text token, `fill_weight` after it, 0 at padding.
-
-    What is generated ends at the first end-of-text token; an answer of one word filled up to fourteen tokens would
-    otherwise be a fourteenth of its own loss.
-
-    Args:
-        ids: Target ids, [batch, length].
-        mask: True for real target tokens, the filling included, [batch, length].
-        fill_weight: In [0, 1].
-
-    Returns:
-        float32, [batch, length].
-    """
-    ends = (ids == Tokenizer.eos_id).cumsum(-1)
-    after = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=-1) > 0
-    return mask * torch.where(after, fill_weight, 1.0)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What the terms of a loss are divided by, scalars.
-
-    Of one worker's rows, or its even share of what all workers have in a step (`of_all_workers`): a loss is a mean over
-    the whole step, whoever has how much of it.
-
-    Attributes:
-        weight: Sum of the target tokens' weights.
-        tokens: Real target tokens, the filling included.
-        scopes: Scopes of an expert's draw that hold a real token.
-    """
-
-    weight: Tensor
-    tokens: Tensor
-    scopes: Tensor
-
-    def of_all_workers(self) -> Counts:
-        """This worker's even share of all workers' counts."""
-        return Counts(*even_share(torch.stack([self.weight, self.tokens, self.scopes])))
-
-    def divided(self, parts: int) -> Counts:
-        """The even share of each of some parts."""
-        return Counts(self.weight / parts, self.tokens / parts, self.scopes / parts)
-
-
-def count(batch: Batch, config: AutoencoderLossConfig | FlowLossConfig, model: ModelConfig) -> Counts:
-    """What the terms of a batch's loss are divided by.
-
-    Args:
-        batch: Rows, targets [batch, length].
-        config: Of the loss; says what filling weighs.
-        model: Says what a scope is.
-    """
-    mask = batch.target_mask
-    of_flow = isinstance(config, FlowLossConfig)
-    weight = token_weights(batch.target_ids, mask, config.fill_weight) if of_flow else mask
-    return _count(weight, mask, scope_length(model, mask.shape[1]))
-
-
-def _count(weight: Tensor, mask: Tensor, tokens: int) -> Counts:
-    scopes = (sum_scopes(mask[..., None], mask, tokens) > 0).sum()
-    return Counts(*(c.float().clamp_min(1) for c in (weight.sum(), mask.sum(), scopes)))
 
 
 def weighted_cross_entropy(logits: Tensor, ids: Tensor, weight: Tensor, count: Tensor) -> Tensor:
@@ -260,7 +196,7 @@ def match_flow(
     """
     length = mask.shape[1]
     tokens = scope_length(flow.config, length)
-    counts, draws = counts or _count(weight, mask, tokens), RowDraws(keys)
+    counts, draws = counts or count_places(weight, mask, tokens), RowDraws(keys)
     path = straight_path(x_0, x_1, t)
     goal = path.u_t if flow.config.prediction == "velocity" else x_1
     at_0, at_t = flow.at(torch.zeros_like(t)), flow.at(t)
@@ -420,7 +356,7 @@ def baseline_loss(model: Baseline, batch: Batch, config: FlowLossConfig, counts:
         The total, and loss_ce in nats a token, the same.
     """
     weight = token_weights(batch.target_ids, batch.target_mask, config.fill_weight if model.learns_filling else 0.0)
-    counts = counts or _count(weight, batch.target_mask, 1)
+    counts = counts or count_places(weight, batch.target_mask, 1)
     loss = (model.losses(batch) * weight).sum() / counts.weight
     return LossOutput(loss, {"loss_ce": loss.detach()})
 
@@ -437,7 +373,7 @@ class Objective(nn.Module):
         if isinstance(self.model, Baseline):
             assert isinstance(self.config, FlowLossConfig)
             fill_weight = self.config.fill_weight if self.model.learns_filling else 0.0
-            return _count(token_weights(batch.target_ids, batch.target_mask, fill_weight), batch.target_mask, 1)
+            return count_places(token_weights(batch.target_ids, batch.target_mask, fill_weight), batch.target_mask, 1)
         return count(batch, self.config, self.model.config)
 
     def forward(self, batch: Batch, num_steps: int, counts: Counts | None = None) -> tuple[Tensor, dict[str, Tensor]]:

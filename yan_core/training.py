@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.config import OptimConfig, Part
-from yan_core.loss import Counts
+from yan_core.counts import Counts
 from yan_core.mamba import MambaScan
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, uniform

@@ -23,7 +23,8 @@ from yan_core.config import (
     OptimConfig,
     unknown_name,
 )
-from yan_core.loss import Counts, match_flow, weigh
+from yan_core.counts import Counts
+from yan_core.loss import match_flow, weigh
 from yan_core.model import FlowNetwork, Source, YanModel, build_model
 from yan_core.moe import gate_log_probs
 from yan_core.noise import Stream, fold, normal, uniform

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from tests.yan_core.tiny import LENGTH, LOSS, VOCAB, pad_right, random_rows, row_of, tiny_batch, tiny_config, tiny_model
 from yan_core.batching import Batch, autoencoder_batch
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig
+from yan_core.counts import count, token_weights
 from yan_core.loss import (
     Objective,
     autoencoder_loss,
-    count,
     flow_loss,
     maximum_mean_discrepancy,
-    token_weights,
     weighted_cross_entropy,
 )
 from yan_core.model import YanModel
