@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.answer import Settings, like_length
+from pipelines.benchmarks.decoders import SIZES, size_config
 from pipelines.benchmarks.ingest import words
 from pipelines.benchmarks.machine import RESULTS, describe, leave
-from pipelines.benchmarks.sampler import SIZES, size_config
 from yan_core.files import code_commit
 
 Batch = tuple[list[str], list[int]]

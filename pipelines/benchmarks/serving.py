@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from pipelines.benchmarks.decoders import SIZES, size_config
 from pipelines.benchmarks.generate import make_model, make_rows
 from pipelines.benchmarks.load import Load, closed_loop, open_loop
 from pipelines.benchmarks.machine import RESULTS, describe, in_child, leave
-from pipelines.benchmarks.sampler import SIZES, size_config
 from yan_core.files import code_commit
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.benchmarks import machine, train_step
+from pipelines.benchmarks import decoders, machine, train_step
 from pipelines.benchmarks import sampler as benchmark
 from tests.yan_core.tiny import CONFIG, VOCAB, random_rows, tiny_model
 from yan_core.batching import pad_rows
@@ -21,7 +21,7 @@ SOURCES = pad_rows(random_rows([7, 1, 12, 4, 9, 2]), 0)
 SEEDS = torch.tensor([0, 1, 2, 3, 2**40, 5])
 CPU = torch.device("cpu")
 LIMITS = benchmark.Limits(bytes_per_s=1e10, flops_per_s=1e11, budget_s=0.05, limit_s=60, most=3)
-CELL = benchmark.Cell(size="tiny", model=CONFIG, vocab_size=VOCAB, batch=3, length=6, source_length=5)
+CELL = decoders.Cell(size="tiny", model=CONFIG, vocab_size=VOCAB, batch=3, length=6, source_length=5)
 
 
 @pytest.mark.property
@@ -31,7 +31,7 @@ CELL = benchmark.Cell(size="tiny", model=CONFIG, vocab_size=VOCAB, batch=3, leng
 def test_naive_gives_the_tokens_and_experts_of_the_sampler(scope, num_steps, seed):
     model = tiny_model(seed, expert_scope=scope, cross_attention_every=1 + seed % 2, init_noise=0.5 + seed / 2)
     for length in (10 - seed, 1):
-        ids, expert = benchmark.naive(model, *SOURCES, length, SEEDS, num_steps)
+        ids, expert = decoders.naive(model, *SOURCES, length, SEEDS, num_steps)
         drawn = sample(model, *SOURCES, length, SEEDS, num_steps)
         assert torch.equal(ids, drawn.ids)
         assert torch.equal(expert, drawn.expert)
@@ -46,40 +46,40 @@ def test_naive_saves_nothing():
         block.cross_attention.key_value.register_forward_hook(
             lambda *_: calls.update(projections=calls["projections"] + 1)
         )
-    benchmark.naive(model, *SOURCES, 10, SEEDS, num_steps=3)
+    decoders.naive(model, *SOURCES, 10, SEEDS, num_steps=3)
     assert calls == {"trunk": 4, "encoder": 1, "heads": 4, "projections": 4 * 2}
 
 
 @pytest.mark.parametrize("size, expected", [("5m", 5e6), ("50m", 50e6), ("200m", 200e6)])
 def test_sizes_are_what_they_are_called(size, expected):
-    config = benchmark.size_config(size)
+    config = decoders.size_config(size)
     assert config.name == f"size_{size}"
     assert config.model.num_experts == 8
     assert config.tokenizer.vocab_size == (8_192 if size == "5m" else 32_768)
-    own = benchmark.parameters_of(config.model, config.tokenizer.vocab_size)
+    own = decoders.parameters_of(config.model, config.tokenizer.vocab_size)
     assert abs(own / expected - 1) < 0.05
-    assert abs(benchmark.BaselineConfig.of_size(own).num_parameters / own - 1) < 0.05
+    assert abs(decoders.BaselineConfig.of_size(own).num_parameters / own - 1) < 0.05
 
 
 def test_the_floor_counts_what_the_sampler_multiplies():
     """Against PyTorch's own count of a run: the floor leaves out what depends on times alone, and little else."""
     cell = replace(CELL, model=replace(CONFIG, d_model=64, flow_blocks=4), batch=8, length=32, source_length=20)
     for name in ("ours", "naive"):
-        call = benchmark.contestant(name, cell)
+        call = decoders.contestant(name, cell)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:  # it counts no fused attention
             call()
-        assert 0.9 < benchmark.work(name, cell)[1] / counted.get_total_flops() <= 1.0
+        assert 0.9 < decoders.work(name, cell)[1] / counted.get_total_flops() <= 1.0
 
 
 @pytest.mark.parametrize("name", ["naive", "ours", "AR", "MDM"])
 def test_a_contestant_fills_every_row(name):
     if name == "AR":
         pytest.importorskip("transformers", reason="the extra `baselines` is not installed")
-    call = benchmark.contestant(name, CELL)
+    call = decoders.contestant(name, CELL)
     ids = call()
     assert ids.shape == (3, 6)
     assert torch.equal(call(), ids)
-    assert benchmark.contestant("MDM", CELL, passes=2)().eq(3).sum() == 3 * 4
+    assert decoders.contestant("MDM", CELL, passes=2)().eq(3).sum() == 3 * 4
 
 
 @pytest.mark.parametrize("eager, compiled", [("AR", "AR compiled"), ("MDM", "MDM compiled"), ("ours", "ours compiled")])
@@ -88,13 +88,13 @@ def test_compiled_contestants_give_the_tokens_of_the_plain_ones(eager, compiled,
     if eager == "AR":
         pytest.importorskip("transformers", reason="the extra `baselines` is not installed")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    call = benchmark.contestant(compiled, CELL)
-    assert torch.equal(call(), benchmark.contestant(eager, CELL)())
+    call = decoders.contestant(compiled, CELL)
+    assert torch.equal(call(), decoders.contestant(eager, CELL)())
     assert torch.equal(call(), call())
 
 
 def test_a_contestant_that_fails_is_reported_and_the_others_go_on(monkeypatch):
-    real = benchmark.contestant
+    real = decoders.contestant
 
     def contestant(name, cell, passes=None):
         if name == "ours compiled":
@@ -112,9 +112,9 @@ def test_a_contestant_that_fails_is_reported_and_the_others_go_on(monkeypatch):
 
 
 def test_what_would_take_too_long_is_left_out_or_timed_in_part():
-    rate = benchmark.work("MDM", CELL)[1]  # one pass a second
+    rate = decoders.work("MDM", CELL)[1]  # one pass a second
     slow = replace(LIMITS, flops_per_s=rate, limit_s=1.05, memory=False)
-    assert benchmark.work("naive", CELL)[1] > 1.05 * rate
+    assert decoders.work("naive", CELL)[1] > 1.05 * rate
     rows = {r["contestant"]: r for r in benchmark.measure(CELL, ("naive", "MDM"), slow, lambda _: None)}
     assert rows["naive"]["failed"].startswith("left out: ")
     assert rows["MDM"]["timed_passes"] < CELL.length
