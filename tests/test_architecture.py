@@ -1,10 +1,14 @@
-"""docs/ARCHITECTURE.md names places that exist."""
+"""What the whole tree keeps to: docs/ARCHITECTURE.md names places that exist, files are short, settings are read."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
+
+from serve import schemas
+from yan_core import config
 
 ROOT = Path(__file__).parents[1]
 STOPS = re.findall(
@@ -28,3 +32,28 @@ def names_in(file: Path) -> set[str]:
 def test_every_stop_is_a_function_or_class_of_its_file():
     assert len(STOPS) > 25
     assert [f"{file}: {name}" for file, name in STOPS if name not in names_in(ROOT / file)] == []
+
+
+SOURCES = [file for top in ("yan_core", "pipelines", "serve") for file in sorted((ROOT / top).rglob("*.py"))]
+
+
+def test_no_file_is_too_long_to_be_read_at_once():
+    lengths = {file.relative_to(ROOT): len(file.read_text(encoding="utf-8").splitlines()) for file in SOURCES}
+    most = {file: 400 if file.parts[0] == "yan_core" else 500 for file in lengths}
+    most[Path("yan_core/config.py")] = 900  # every setting and every default in one place
+    assert {file: lines for file, lines in lengths.items() if lines > most[file]} == {}
+
+
+def test_every_setting_is_read_somewhere():
+    code = {file: file.read_text(encoding="utf-8") for file in SOURCES}
+    whole = "\n".join(text for file, text in code.items() if file.name != "config.py")
+    read = {*re.findall(r"\.([a-z]\w*)", whole), *(f"weight_{term}" for term in re.findall(r'"loss_(\w+)"', whole))}
+    settings = {
+        field.name
+        for module in (config, schemas)
+        for cls in vars(module).values()
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
+        for field in dataclasses.fields(cls)
+    } | set(schemas.AppArgs.model_fields)
+    assert len(settings) > 100
+    assert settings - read == set()
