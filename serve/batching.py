@@ -1,14 +1,15 @@
 """The bounded queue before the model, and the batches made of it.
 
 There is no wait for company: a batch is whatever waits when the model is free, so a lone request starts at once, and
-under load batches grow by themselves. A batch has one length bucket, so that little of it is padding and its shapes are
-few (CUDA graphs want that), and a budget of tokens, so that long texts make small batches.
+under load batches grow by themselves. Lengths come in buckets, so that shapes are few (CUDA graphs want that). A batch
+is of the oldest job's bucket first; what room is left, jobs of other buckets take while at most half of the batch is
+padding, since a pass over some more places costs less than a pass of its own. A budget of tokens makes batches of long
+texts small.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
-from serve.engine import Job, Kind
+from serve.engine import Job, Kind, Settings
 from serve.errors import Overloaded
 from yan_core.generator import Drawn
 
@@ -97,7 +98,11 @@ class Batcher:
 
         By trunk passes and not by tokens: a pass over few tokens takes about as long as one over some more.
         """
-        passes = sum(-(-count // self._capacity(kind)) * kind.nfe for kind, count in self._kinds.items())
+        totals: dict[Settings, tuple[int, Kind]] = {}  # how many, and the longest of them
+        for kind, count in self._kinds.items():
+            before, longest = totals.get(kind.settings, (0, kind))
+            totals[kind.settings] = before + count, max(kind, longest, key=lambda kind: kind.bucket)
+        passes = sum(-(-count // self._capacity(longest)) * longest.nfe for count, longest in totals.values())
         wait_s = passes * self._seconds_per_pass
         if self._running:
             whole_s = self._running[0].job.kind.nfe * self._seconds_per_pass
@@ -151,10 +156,20 @@ class Batcher:
         future.add_done_callback(lambda future: self._finish(batch, begun, future))
 
     def _next(self) -> list[_Waiting]:
-        """The oldest job, and those of its kind."""
-        kind = next(iter(self._waiting)).job.kind
-        fit = (entry for entry in self._waiting if entry.job.kind == kind)
-        batch = list(itertools.islice(fit, self._capacity(kind)))
+        """The oldest job, those of its kind, and then those of the kinds next to it that fit."""
+        longest = next(iter(self._waiting)).job.kind
+        near = math.log2(longest.bucket)
+        alike = [entry for entry in self._waiting if entry.job.kind.settings == longest.settings]
+        alike.sort(key=lambda entry: abs(math.log2(entry.job.kind.bucket) - near))  # stable: else in order of arrival
+        batch: list[_Waiting] = []
+        real = 0
+        for entry in alike:
+            most = max(longest, entry.job.kind, key=lambda kind: kind.bucket)
+            tokens = real + entry.job.kind.tokens
+            if batch and (len(batch) >= self._capacity(most) or (len(batch) + 1) * most.tokens > 2 * tokens):
+                continue
+            batch.append(entry)
+            longest, real = most, tokens
         for entry in batch:
             self._take_out(entry)
         return batch

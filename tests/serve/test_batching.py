@@ -96,7 +96,7 @@ def test_jobs_of_one_turn_of_the_loop_go_together(sampler):
     assert sizes(sampler) == [4]
 
 
-def test_a_batch_has_one_length_bucket_and_one_way_of_drawing_and_the_oldest_job_is_first(sampler):
+def test_a_batch_has_one_way_of_drawing_and_is_of_the_oldest_job_s_bucket_before_others_that_are_near(sampler):
     other = replace(PLAIN, num_steps=5)
     jobs = [job(5), job(40), job(16), job(17), job(64), job(5, other), job(33), job(1)]
 
@@ -110,8 +110,25 @@ def test_a_batch_has_one_length_bucket_and_one_way_of_drawing_and_the_oldest_job
 
     asyncio.run(run())
     lengths = [[len(one.encoding.ids) for one in batch] for batch in sampler.batches[1:]]
-    assert lengths == [[5, 16, 1], [40, 64, 33], [17], [5]]
+    assert lengths == [[5, 16, 1, 17], [40, 64, 33], [5]]
     assert sampler.batches[-1] == [jobs[5]]
+
+
+def test_at_most_half_of_a_batch_is_padding(sampler):
+    # With four places to be written: jobs of 16 + 4, 64 + 4 and 512 + 4 places.
+    async def run(*lengths: int):
+        queue = batcher(sampler, max_batch_tokens=2000)
+        await busy(queue, sampler)
+        sampler.batches.clear()
+        tickets = [queue.submit([job(length)], 10) for length in lengths]
+        sampler.free.set()
+        for ticket in tickets:
+            await ticket.results()
+        return [[len(one.encoding.ids) for one in batch] for batch in sampler.batches]
+
+    assert asyncio.run(run(5, 64)) == [[5, 64]]  # 2 * 68 places, 20 + 68 real
+    assert asyncio.run(run(5, 5, 5, 64)) == [[5, 5, 5], [64]]  # 4 * 68 places, 3 * 20 + 68 real
+    assert asyncio.run(run(512, 64, 5)) == [[512, 64], [5]]  # 2 * 516 and 516 + 68
 
 
 def test_a_batch_keeps_within_its_budget_of_tokens_but_for_a_job_that_is_more_by_itself(sampler):
