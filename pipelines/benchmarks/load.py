@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import statistics
 import time
 from collections import Counter
@@ -30,12 +31,16 @@ class Sample:
         latency_s: From then until its whole answer was there: what waits in the client counts.
         status: HTTP status; FAILED: none came.
         batch_size: Sources of its batch, where the answer says.
+        server_ms: Time it took within the server, where the answer says.
+        sample_ms: Time its batch took in the sampler, where the answer says.
     """
 
     at_s: float
     latency_s: float
     status: int
     batch_size: int = 0
+    server_ms: float = 0.0
+    sample_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Load:
             "p99_ms": self.latency_ms(0.99),
             "statuses": {str(status): count for status, count in sorted(statuses.items())},
             "mean_batch_size": statistics.mean(sizes) if sizes else None,
+            "server_p50_ms": statistics.median(s.server_ms for s in good) if sizes else None,
+            "sample_p50_ms": statistics.median(s.sample_ms for s in good) if sizes else None,
         }
 
 
@@ -176,20 +183,19 @@ class _Session:
         await self._client.close()
 
     async def ask(self, url: str, body: dict[str, Any], started: float, due: float) -> Sample:
-        status, batch_size = FAILED, 0
+        status, told = FAILED, (0.0, 0.0, 0.0)
         try:
             async with self._client.post(url, json=body, timeout=aiohttp.ClientTimeout(60)) as answer:
                 found = await answer.read()
                 status = answer.status
             if status == 200:
-                batch_size = _batch_size(found)
+                told = (_number(found, "batch_size"), _number(found, "latency_ms"), _number(found, "sample_ms"))
         except (aiohttp.ClientError, TimeoutError, OSError):
             pass
-        return Sample(due - started, time.perf_counter() - due, status, batch_size)
+        return Sample(due - started, time.perf_counter() - due, status, int(told[0]), *told[1:])
 
 
-def _batch_size(answer: bytes) -> int:
-    """What the JSON of /v1/generate says, without parsing all of it."""
-    key = b'"batch_size":'
-    at = answer.find(key)
-    return int(answer[at + len(key) :].split(b",", 1)[0]) if at >= 0 else 0
+def _number(answer: bytes, name: str) -> float:
+    """What the JSON of /v1/generate says, without parsing all of it; 0: nothing."""
+    found = re.search(rb'"%s":\s*([0-9.e+-]+)' % name.encode(), answer)
+    return float(found[1]) if found else 0.0

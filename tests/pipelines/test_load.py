@@ -28,7 +28,7 @@ class Counting:
         self.most = max(self.most, self.now)
         await asyncio.sleep(self.wait_s)
         self.now -= 1
-        return web.json_response({"text": "", "batch_size": 3, "model": "m"})
+        return web.json_response({"text": "", "batch_size": 3, "latency_ms": 2.5, "model": "m"})
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def test_clients_of_a_closed_loop_have_one_request_each(served):
     load = closed_loop(url, lambda i: {"i": i}, 4, 0.5)
     assert counting.most == 4 and len(load.samples) == counting.seen
     assert load.summary()["statuses"] == {"200": counting.seen} and load.summary()["mean_batch_size"] == 3
+    assert load.summary()["server_p50_ms"] == 2.5
     assert min(s.latency_s for s in load.samples) >= 0.02
 
 
