@@ -68,8 +68,11 @@ def test_a_recipes_task_maps_real_validation_rows(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_names_its_data_set_on_the_hub(path):
     data = data_of(path)
-    ((name, hub),) = [(k, d) for k, d in data.datasets.items() if d.format == "huggingface"]
-    assert name == f"{data.dataset}_hub" and f"--data.dataset {name}" in path.read_text()
+    own = {k for k, d in data.datasets.items() if d.format != "huggingface"}
+    assert {k for k in data.datasets if k not in own} == {f"{k}_hub" for k in own}
+    name = f"{data.dataset}_hub"
+    hub = data.datasets[name]
+    assert f"--data.dataset {name}" in path.read_text()
     row = {**HUB_ROWS[hub.path], **{column: value for column, value in hub.where.items()}}
     fields = fields_of(row, hub.columns)
     source, target = get_task(data.task).pair(fields)
