@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLAIN := not gpu and not cluster and not soak
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
-.PHONY: quickstart test test-runs test-rest test-fast test-cluster machines machines-down lint format constraints clean
+.PHONY: quickstart test test-runs test-rest test-fast test-cluster machines machines-down lint typecheck docs format constraints clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
@@ -31,10 +31,17 @@ machines: $(VENV)/.installed
 machines-down: $(VENV)/.installed
 	$(BIN)/python -m tests.clusters.machines down
 
-lint: $(VENV)/.installed-dev
+lint: typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.installed-dev
 	$(BIN)/pyright
+
+# The pages that are made, not written.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pipelines.reference docs/CONFIG.md
+	if ls docs/results/*.json > /dev/null 2>&1; then $(BIN)/python -m pipelines.results docs/results/*.json --page docs/RESULTS.md; fi
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

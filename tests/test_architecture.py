@@ -7,6 +7,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from pipelines import reference
 from serve import schemas
 from yan_core import config
 
@@ -57,3 +58,10 @@ def test_every_setting_is_read_somewhere():
     } | set(schemas.AppArgs.model_fields)
     assert len(settings) > 100
     assert settings - read == set()
+
+
+def test_the_page_of_settings_is_made_from_the_settings():
+    page = reference.page()
+    assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs/CONFIG.md
+    assert "| `stages.flow.optim.lr` | `float` | `0.001` | " in page
+    assert re.findall(r"^\| `[^`]+` \| `.+` \| `.+` \|  \|$", page, re.MULTILINE) == []  # each says what it does
