@@ -90,7 +90,7 @@ def infill_spans(ids: Tensor, mask: Tensor, keys: Tensor, share: float, max_span
 
     Source: arXiv:2604.15009 (text infilling as in BART, arXiv:1910.13461, with uniform span lengths).
     """
-    batch, length = ids.shape
+    length = ids.shape[1]
     draws = uniform(keys, Stream.CORRUPTION, (length, 2)).to(ids.device)
     counts = mask.sum(-1, keepdim=True)
     starts = draws[..., 0] < 2 * share / (1 + max_span)

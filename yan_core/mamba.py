@@ -65,7 +65,7 @@ def _mamba_ssm_kernel() -> Callable[..., Tensor] | None:
     """mamba-ssm's scan, or None where the package or its compiled kernels are missing."""
     try:
         # The compiled part by name: from mid-2026 on mamba-ssm installs and imports without it, and fails when called.
-        import selective_scan_cuda  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import selective_scan_cuda  # noqa: F401  # pyright: ignore[reportMissingImports, reportUnusedImport]
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
     except ImportError as error:  # so fails a kernel compiled for another torch, too
         log.warning(
