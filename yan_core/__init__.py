@@ -1,4 +1,42 @@
-"""YAN's model: text -> tokens -> latents -> flow -> latents -> text, in plain PyTorch (arXiv:2604.15009)."""
+"""YAN's model: text -> tokens -> latents -> flow -> latents -> text, in plain PyTorch (arXiv:2604.15009).
+
+Settings are frozen dataclasses, made of plain dictionaries and given back as such; what is wrong is named:
+
+>>> import tempfile, torch, yan_core
+>>> run = yan_core.from_dict(yan_core.RunConfig, {"name": "mine", "stages": {"flow": {"max_steps": 500}}})
+>>> run.stages.flow.max_steps, yan_core.to_dict(run)["model"]["num_experts"]
+(500, 4)
+>>> yan_core.from_dict(yan_core.RunConfig, {"modle": {}})  # doctest: +ELLIPSIS
+Traceback (most recent call last):
+ValueError: modle: unknown name 'modle'; did you mean 'model'? Allowed: autoencoder_loss, baseline, data, ...
+
+A tokenizer learns its vocabulary, and a model is built for it; this one has not learnt anything:
+
+>>> story = "Mary went to the kitchen. Where is Mary?"
+>>> tokenizer = yan_core.Tokenizer.train([story], yan_core.TokenizerConfig(vocab_size=64))
+>>> model = yan_core.build_model(yan_core.ModelConfig(d_model=32, num_heads=2), tokenizer.vocab_size, seed=0)
+>>> isinstance(model, yan_core.YanModel)
+True
+
+The sampler is where the speed is: token ids of a batch in, token ids out, one trunk pass a step:
+
+>>> ids = torch.tensor([tokenizer.encode_batch([story])[0].ids])
+>>> drawn = yan_core.sample(model.eval(), ids, torch.ones_like(ids, dtype=torch.bool), 4, torch.tensor([7]))
+>>> isinstance(drawn, yan_core.Sample), drawn.ids.shape, drawn.nfe
+(True, torch.Size([1, 4]), 3)
+
+A model folder holds weights (safetensors), tokenizer, settings and what the model is for; loaded, it answers texts:
+
+>>> with tempfile.TemporaryDirectory() as folder:
+...     details = {"task": "question_answering", "max_source_tokens": 32, "max_target_tokens": 4}
+...     yan_core.save_pretrained(folder, model, tokenizer, details)
+...     generator = yan_core.load(folder)
+>>> isinstance(generator, yan_core.TextGenerator)
+True
+>>> (answer,) = generator.generate([story], num_steps=3, seeds=7)
+>>> isinstance(answer, yan_core.Generation), answer.nfe, answer.tokens == tokenizer.until_eos(drawn.ids[0].tolist())
+(True, 3, True)
+"""
 
 from __future__ import annotations
 
@@ -7,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yan_core.checkpoint import load, save_pretrained
-    from yan_core.config import ModelConfig, RunConfig, from_dict, to_dict
+    from yan_core.config import ModelConfig, RunConfig, TokenizerConfig, from_dict, to_dict
     from yan_core.generator import Generation, TextGenerator
     from yan_core.model import YanModel, build_model
     from yan_core.sampler import Sample, sample
@@ -22,6 +60,7 @@ __all__ = [
     "Sample",
     "TextGenerator",
     "Tokenizer",
+    "TokenizerConfig",
     "YanModel",
     "build_model",
     "from_dict",
@@ -38,6 +77,7 @@ _HOME = {
     "Sample": "sampler",
     "TextGenerator": "generator",
     "Tokenizer": "tokenization",
+    "TokenizerConfig": "config",
     "YanModel": "model",
     "build_model": "model",
     "from_dict": "config",

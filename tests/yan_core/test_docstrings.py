@@ -1,10 +1,13 @@
 """What a public docstring must tell: shapes of tensors, and the errors its own body raises."""
 
 import ast
+import doctest
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import yan_core
 
 PACKAGE = Path(__file__).parents[2] / "yan_core"
 Definition = ast.FunctionDef | ast.ClassDef
@@ -33,3 +36,9 @@ def test_a_public_docstring_tells_shapes_and_errors(name: str) -> None:
         assert "Tensor" not in signature or "[" in text, f"{name} gives no shape"
         raises = any(isinstance(part, ast.Raise) for part in ast.walk(node))
         assert not raises or "aises" in text, f"{name} raises something that it does not tell"
+
+
+def test_the_example_of_the_package_uses_every_public_name_and_is_true() -> None:
+    assert [name for name in yan_core.__all__ if f"yan_core.{name}" not in (yan_core.__doc__ or "")] == []
+    found = doctest.testmod(yan_core)
+    assert found.attempted >= 14 and found.failed == 0
