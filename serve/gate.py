@@ -62,8 +62,9 @@ class Gate:
             return await self.app(scope, receive, send)
         begun = time.perf_counter()
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")  # Serve sets it where the client did not
-        if not re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII):
+        # Serve sets it where the client did not, and gives back whatever the client sent: that is the one to be found.
+        request_id = headers.get("x-request-id", "")[:256]
+        if not (request_id if not self.gives_id else re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII)):
             request_id = uuid.uuid4().hex
         line: dict[str, Any] = {"request_id": request_id}
         given_back = {"X-Request-ID": request_id} if self.gives_id else {}

@@ -205,10 +205,12 @@ def test_a_client_that_leaves_is_seen_and_its_work_ends(server):
     assert json.loads(lines[0])["status"] == 499
 
 
-@pytest.mark.parametrize("body", [{"source": QUESTION}, {"source": ""}])
-def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body):
+@pytest.mark.parametrize(
+    "body, own", [({"source": QUESTION}, {}), ({"source": ""}, {}), ({"source": QUESTION}, {"X-Request-ID": 'a"} {b'})]
+)
+def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body, own):
     trace = uuid.uuid4().hex
-    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-00f067aa0ba902b7-01", **own}
     headers["Authorization"] = f"Bearer {KEY}"
     request = urllib.request.Request(f"{server.url}/v1/generate", json.dumps(body).encode(), headers)
     try:
@@ -222,6 +224,7 @@ def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body):
         time.sleep(0.05)
     (line,) = map(json.loads, lines)
     assert (line["request_id"], line["trace_id"]) == (told, trace)
+    assert told == own.get("X-Request-ID", told)
     assert answered["traceparent"] == headers["traceparent"]
 
 
