@@ -56,3 +56,19 @@ def test_replicas_come_and_go_with_the_load(model_folder: Path, capsys: pytest.C
             watcher.join()
     with capsys.disabled():
         print(f"\n1 -> 3 replicas in {up_s:.0f} s of load, 3 -> 1 in {down_s:.0f} s without")
+
+
+def test_no_replica_is_kept_when_nobody_asks_and_the_first_request_starts_one(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    args = AppArgs(model=str(model_folder), num_replicas=0, max_replicas=1, upscale_delay_s=1.0, downscale_delay_s=3.0)
+    with running_server(args, port=0) as url:
+        begun = time.monotonic()
+        while replicas():
+            assert time.monotonic() - begun < 60
+            time.sleep(0.25)
+        gone_s = time.monotonic() - begun
+        (first, *others) = closed_loop(f"{url}/v1/generate", body, 1, 10.0).samples
+    assert {s.status for s in (first, *others)} == {200} and len(others) > 10
+    with capsys.disabled():
+        print(f"\n1 -> 0 replicas in {gone_s:.0f} s, the first answer after {first.latency_s:.1f} s")
