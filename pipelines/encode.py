@@ -51,6 +51,7 @@ class Record:
         tokens: Tokens written.
         bad: Rows set aside because they cannot be used.
         first_bad: Reason and row of the first of these.
+        filtered: Rows that the data set's `where` leaves out.
         dropped: Rows left out on purpose, by reason.
         cut_rows: Sources that were cut to data.max_source_tokens.
         cut_tokens: Tokens cut off them.
@@ -62,6 +63,7 @@ class Record:
     tokens: int = 0
     bad: int = 0
     first_bad: dict[str, Any] = field(default_factory=dict)
+    filtered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     cut_rows: int = 0
     cut_tokens: int = 0
@@ -130,7 +132,7 @@ class ShardWriter:
         if self.writer is None:
             self.path = self.folder / self.part / f"{self.stem}-{len(self.files):04d}.parquet"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.writer = pq.ParquetWriter(self.path, self.schema, compression="zstd")
+            self.writer = pq.ParquetWriter(self.path, self.schema, compression="zstd", write_page_checksum=True)
         rows = min(rows, self.limit - self.rows)
         self.writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP)
         self.rows += rows
@@ -222,6 +224,7 @@ class Encode:
         duplicates = set(np.load(path).tolist()) if path.is_file() else set()
         try:
             for batch in self.source.rows(piece):
+                record.filtered += batch.filtered
                 bad = [{**b, "row": None} for b in batch.bad]
                 if self.task is None:
                     bad += self._windows(batch, duplicates, record, writer)
@@ -402,5 +405,17 @@ def document_keys(source: Source, task: Task) -> Iterator[int]:
                     except ValueError:  # an unusable row, which is set aside when it is encoded
                         continue
                     yield _document_of(row, source, lambda text=text: text)
+        except UnreadableFile:
+            continue
+
+
+def text_keys(source: Source) -> Iterator[int]:
+    """Keys of all texts in the fields of a split of a data set; an unreadable file's are left out."""
+    for piece in source.pieces:
+        try:
+            for batch in source.rows(piece):
+                for row in batch.rows:
+                    texts = fields_of(row, source.dataset.columns).values()
+                    yield from (document_key(text) for text in texts if isinstance(text, str) and text)
         except UnreadableFile:
             continue

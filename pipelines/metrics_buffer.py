@@ -52,8 +52,7 @@ class MetricsBuffer:
     def _left(self) -> list[Value]:
         if not self.unsent.is_file():
             return []
-        lines = self.unsent.read_text(encoding="utf-8").splitlines()
-        self.unsent.unlink()
+        lines = self.unsent.read_text(encoding="utf-8").splitlines()  # it stays until they are sent: see `spool`
         return [Value(*json.loads(line)) for line in lines]
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -72,7 +71,7 @@ class MetricsBuffer:
     def _work(self) -> None:
         from pipelines.tracking import STORE_ERRORS  # MLflow: three seconds of imports, here beside the training
 
-        tracker = self.connect()
+        tracker: Tracker | None = None
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.pending or self.tables or self.closing)
@@ -80,12 +79,13 @@ class MetricsBuffer:
                 if not batch and table is None:
                     return
             try:
+                tracker = tracker or self.connect()
                 if batch:
                     tracker.send(batch)
                 elif table is not None:
                     tracker.table(*table)
             except STORE_ERRORS as error:
-                logging.getLogger(__name__).warning("MLflow at %s: %s; tried again", tracker.uri, error)
+                logging.getLogger(__name__).warning("MLflow: %s; tried again", error)
                 with self.changed:
                     if self.changed.wait_for(lambda: self.closing, self.retry_s):
                         return

@@ -77,6 +77,7 @@ class Job:
         tokens: Target tokens in all.
         num_workers: Workers.
         strategy: `ddp` or `fsdp`.
+        averaged: Whether an average of the weights is kept.
     """
 
     model: ModelConfig
@@ -88,6 +89,7 @@ class Job:
     tokens: float
     num_workers: int
     strategy: str = "ddp"
+    averaged: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, tokens: float, num_workers: int, vocab_size: int = 0) -> Job:
@@ -103,6 +105,7 @@ class Job:
             tokens=tokens,
             num_workers=num_workers,
             strategy=config.scaling.strategy,
+            averaged=config.stages.finetune.optim.ema_decay > 0,
         )
 
 
@@ -221,8 +224,9 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
     steps = job.tokens / (job.batch_rows * job.target_tokens)
 
     shards = job.num_workers if job.strategy == "fsdp" else 1
-    held = (4 * everything + 4 * learning + 8 * learning) / shards
-    checkpoint = 4 * everything + 8 * learning
+    averages = 4 * everything if job.averaged else 0.0
+    held = (4 * everything + averages + 4 * learning + 8 * learning) / shards
+    checkpoint = 4 * everything + averages + 8 * learning
     wait, write = checkpoint / hardware.copy_bytes_per_s, checkpoint / hardware.storage_bytes_per_s
     mean_s = 3600 * hardware.failure_hours / job.num_workers
     every = max(checkpoint_interval(wait, mean_s), write, step)
@@ -325,12 +329,21 @@ def main(args: Sequence[str]) -> int:
     if min(chosen.gpus) < 1 or chosen.tokens <= 0:
         raise UsageError("--gpus and --tokens must be above 0")
     config = parse_config("plan", ["--config", chosen.config])
+    for field in fields(Hardware):
+        value = getattr(chosen, field.name)
+        if value is not None and not (math.isfinite(value) and value > 0 or value == 0 == field.default):
+            raise UsageError(f"--{field.name.replace('_', '-')} must be above 0, got {value}")
     given = {f.name: getattr(chosen, f.name) for f in fields(Hardware) if getattr(chosen, f.name) is not None}
     hardware, plans = replace(HARDWARE[chosen.hardware], **given), {}
     for gpus in chosen.gpus:
         job = Job.of(config, chosen.tokens, gpus)
         if chosen.rows_per_gpu:
             job = replace(job, batch_rows=chosen.rows_per_gpu * gpus)
+        if job.batch_rows < gpus:
+            raise UsageError(
+                f"{gpus} workers share the {job.batch_rows} rows of stages.finetune.batch_size: less than a row each; "
+                "name the rows of each with --rows-per-gpu, or have fewer workers"
+            )
         plans[f"{gpus} workers"] = make_plan(job, hardware)
     print(table(plans))
     for gpus, (name, plan) in zip(chosen.gpus, plans.items(), strict=True):

@@ -30,7 +30,7 @@ import ray.data
 import ray.exceptions
 
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
-from pipelines.encode import SCHEMAS, Encode, Record, clean, document_keys, text_row
+from pipelines.encode import SCHEMAS, Encode, Record, clean, document_keys, text_keys, text_row
 from pipelines.order import Shard
 from pipelines.sources import (
     ENDINGS,
@@ -330,17 +330,19 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     write_file(tokenizer_file, tokenizer.to_json())
 
     own = pairs.dataset.held_out and not pairs.dataset.validation
-    kept_out = np.zeros(0, np.uint64) if own else np.unique(np.fromiter(document_keys(held_out, task), np.uint64))
+    none = np.zeros(0, np.uint64)
+    kept_out = none if own else np.unique(np.fromiter(document_keys(held_out, task), np.uint64))
+    # A text of the corpus may be a passage of the validation rows.
+    kept_texts = none if own else np.unique([*kept_out, *np.fromiter(text_keys(held_out), np.uint64)])
     everything = [pairs, held_out, *corpora]
     cpus = min(int(ray.cluster_resources().get("CPU", 1)), len(ray.nodes()) * (os.cpu_count() or 1))
     threads = max(1, cpus // sum(len(s.pieces) for s in everything))
-    none = np.zeros(0, np.uint64)
 
     def encode(source: Source, split: str, template: Task | None, keys: np.ndarray) -> Encode:
         return Encode(source, split, template, data, tokenizer.to_json(), work.resolve(), keys, threads)
 
     jobs = [encode(pairs, "train", task, kept_out), encode(held_out, "validation", task, none)]
-    jobs += [encode(source, "corpus", None, none) for source in corpora]
+    jobs += [encode(source, "corpus", None, kept_texts) for source in corpora]
     every_s = max(1.0, config.log_every_s)
     try:
         if data.clean.duplicates != "keep" and corpora:
@@ -374,6 +376,7 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
         "tokens": sum(r.tokens for r in every),
         "bad_rows": {job.split: sum(r.bad for r in of_job) for job, of_job in zip(jobs, records, strict=True)},
         "unreadable_files": sum(bool(r.unreadable) for r in every),
+        "filtered": {job.split: sum(r.filtered for r in of_job) for job, of_job in zip(jobs, records, strict=True)},
         "dropped": dict(sum((r.dropped for r in every), Counter())),
         "mixture": _mixture(data, of_source),
         "vocab_size": tokenizer.vocab_size,
@@ -386,6 +389,7 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     (work / "inputs").unlink()
     write_file(work / "manifest.json", json.dumps(manifest, indent=2))
     old = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)  # of one that was killed between the next two lines
     if folder.exists():
         folder.rename(old)
     work.rename(folder)

@@ -196,6 +196,7 @@ def record_data(config: RunConfig, prepared: Prepared, tracker: Tracker) -> None
     manifest = prepared.manifest
     counts = {f"data/rows/{part}": rows for part, rows in manifest["rows"].items()}
     counts |= {f"data/dropped/{reason}": rows for reason, rows in manifest["dropped"].items()}
+    counts |= {f"data/filtered/{split}": rows for split, rows in manifest.get("filtered", {}).items()}
     counts |= {f"data/bad_rows/{split}": rows for split, rows in manifest["bad_rows"].items()}
     counts |= {"data/tokens": manifest["tokens"], "data/unreadable_files": manifest["unreadable_files"]}
     tracker.metrics(counts, step=0)

@@ -183,7 +183,8 @@ def list_files(path: str) -> list[str]:
     if "://" in path:
         return _remote_files(path)
     if os.path.isdir(path):
-        return sorted(f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if os.path.isfile(f))
+        inside = (f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if os.path.isfile(f))
+        return sorted(f for f in inside if _is_data(os.path.relpath(f, path)))
     return sorted(glob.glob(path))
 
 
@@ -197,7 +198,13 @@ def _remote_files(url: str) -> list[str]:
         inside = store.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot open {url}: {reason_of(error)}") from error
-    return sorted(f"{scheme}://{f.path}" for f in inside if f.type == fs.FileType.File)
+    files = (f.path for f in inside if f.type == fs.FileType.File)
+    return sorted(f"{scheme}://{file}" for file in files if _is_data(file.removeprefix(path).lstrip("/")))
+
+
+def _is_data(inside: str) -> bool:
+    """Whether a file of a folder holds rows: `_SUCCESS`, `_temporary/...`, `.part.crc` and their like do not."""
+    return not any(part.startswith(("_", ".")) for part in inside.split("/"))
 
 
 def open_source(data: DataConfig, name: str, split: str, seed: int) -> Source:

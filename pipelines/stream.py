@@ -46,7 +46,7 @@ class StageStream:
 @lru_cache(maxsize=64)
 def _open(path: str) -> tuple[pq.ParquetFile, np.ndarray]:
     """A shard, and where each of its row groups ends."""
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path, page_checksum_verification=True)
     return file, np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
 
 

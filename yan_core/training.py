@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from yan_core.counts import Counts
 from yan_core.mamba import MambaScan
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, uniform
-from yan_core.sharding import shard_like
+from yan_core.sharding import is_shard, shard_like
 
 
 class TrainingFailed(RuntimeError):
@@ -167,6 +167,8 @@ def train_step(
             sums[name] = sums.get(name, 0) + value / len(pieces)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if is_shard(grad_norm):
+        grad_norm = cast(Any, grad_norm).full_tensor()
     if not bool(torch.isfinite(grad_norm)):
         shown = ", ".join(f"{k}={float(v):.4g}" for k, v in sums.items())
         raise NonFiniteLoss(

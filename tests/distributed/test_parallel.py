@@ -15,7 +15,7 @@ from tests.yan_core.tiny import LOSS, random_rows, tiny_batch, tiny_model
 from yan_core.batching import Batch, autoencoder_batch
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig, OptimConfig
 from yan_core.loss import Objective
-from yan_core.sharding import full_copy, restore_optimizer, shard
+from yan_core.sharding import full_copy, is_shard, restore_optimizer, shard
 from yan_core.training import WeightAverage, build_optimizer, freeze_all_but, train_step
 
 pytestmark = pytest.mark.distributed
@@ -58,7 +58,7 @@ def train(name: str, rank: int, workers: int, how: str, recompute: bool = False,
     for group in optimizer.param_groups:
         group["eps"] = 0.1  # a key's bias has no gradient but rounding, of which AdamW would make full steps
     average = WeightAverage(model, 0.9)
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         if how == "fsdp" and step == 2:  # as after a restart
             restore_optimizer(optimizer, full_copy(optimizer.state_dict()))
@@ -70,8 +70,11 @@ def train(name: str, rank: int, workers: int, how: str, recompute: bool = False,
         if workers > 1:
             dist.all_reduce(loss)
         losses.append(loss / workers)
+        norms.append(metrics["grad_norm"])
+        assert not is_shard(norms[-1])  # a report adds it up over the workers
     return {
         "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
         **full_copy(model.state_dict()),
         **{f"ema/{k}": v for k, v in full_copy(average.weights).items()},
     }
@@ -98,7 +101,9 @@ def of_two_workers(folder: str, name: str, how: str) -> dict[str, Tensor]:
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=tolerance, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        # The norm of large gradients that nearly cancel is the roughest of all figures.
+        rtol = 1e-3 if key == "norms" else 1e-4
+        torch.testing.assert_close(found[key], value, atol=tolerance, rtol=rtol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -116,6 +116,22 @@ def test_the_command_prints_a_table(capsys):
     assert "--gpus and --tokens must be above 0" in capsys.readouterr().err
 
 
+def test_what_would_be_nonsense_is_refused(capsys):
+    plan = ["plan", "--config", "pipelines/configs/size_200m.yaml", "--tokens", "1e12", "--gpus", "512"]
+    assert main(plan) == 2
+    assert "512 workers share the 64 rows" in capsys.readouterr().err
+    for constant in ("efficiency", "failure-hours"):
+        assert main([*plan, "--rows-per-gpu", "8", f"--{constant}", "0"]) == 2
+        assert f"--{constant} must be above 0, got 0.0" in capsys.readouterr().err
+
+
+def test_an_average_of_the_weights_takes_memory_and_time():
+    plain, averaged = (make_plan(replace(JOB, averaged=kept), H200) for kept in (False, True))
+    everything, _ = num_parameters(JOB)
+    assert averaged.memory_bytes - plain.memory_bytes == 4 * everything
+    assert averaged.checkpoint_wait_s > plain.checkpoint_wait_s
+
+
 def test_a_gpu_is_known_by_its_drivers_name():
     assert peak_flops("NVIDIA H200") == HARDWARE["h200"].flops_per_s
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import stream
 from pipelines.cluster import ray_session
 from pipelines.prepare import open_prepared, prepare, read_text_rows
 from pipelines.sources import DataError
-from yan_core.config import RunConfig, from_dict
+from pipelines.stream import read_rows_of
+from yan_core.config import DatasetConfig, RunConfig, from_dict
 
 pytestmark = pytest.mark.ray
 
@@ -70,6 +75,7 @@ def config_for(tmp_path, kind="jsonl", rows=ROWS, **data) -> RunConfig:
 def test_files_become_filtered_mapped_tokenised_shards(tmp_path, kind):
     prepared = prepare(config_for(tmp_path, kind), tmp_path / "out")
     assert prepared.manifest["rows"]["finetune"] == 20
+    assert prepared.manifest["filtered"] == {"train": 20, "validation": 20}  # by `where`
     table = pq.read_table([shard.path for shard in prepared.shards("finetune")])
     tokenizer = prepared.tokenizer
     pairs = {(tokenizer.decode(r["source"]), tokenizer.decode(r["target"])) for r in table.to_pylist()}
@@ -146,6 +152,42 @@ def test_damaged_shards_are_noticed(tmp_path):
         assert not open_prepared(tmp_path / "out").is_whole()
         shard.write_bytes(whole)
     assert open_prepared(tmp_path / "out").is_whole()
+
+
+def test_a_byte_that_changed_in_a_shard_is_noticed_where_it_is_read(tmp_path):
+    prepared = prepare(config_for(tmp_path), tmp_path / "out")
+    (name,) = [name for name in prepared.manifest["files"] if name.startswith("finetune/")]
+    path = prepared.folder / name
+    places = [(str(path), np.arange(20))]
+    assert read_rows_of(places, ["source"]).num_rows == 20
+    content = bytearray(path.read_bytes())
+    metadata = pq.read_metadata(path).row_group(0).column(0)
+    content[metadata.data_page_offset + metadata.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    for cache in (stream._open, stream._row_group):
+        cache.cache_clear()
+    with pytest.raises(OSError, match="CRC checksum verification failed"):
+        read_rows_of(places, ["source", "target"])
+
+
+def test_a_killed_preparation_is_in_nobodys_way(tmp_path):
+    config = config_for(tmp_path)
+    prepare(config, tmp_path / "out")
+    shutil.copytree(
+        tmp_path / "out", tmp_path / "out.replaced"
+    )  # killed between putting the old one aside and deleting it
+    assert prepare(config, tmp_path / "out").is_whole()
+    assert not (tmp_path / "out.replaced").exists()
+
+
+def test_files_of_a_folder_that_hold_no_rows_are_passed_over(tmp_path):
+    folder = tmp_path / "spark"
+    (folder / "_temporary").mkdir(parents=True)
+    write(folder, "jsonl")
+    for name in ("_SUCCESS", ".rows.jsonl.crc", "_temporary/0.jsonl"):
+        (folder / name).write_text("")
+    config = config_for(tmp_path, path=str(folder), held_out=write(tmp_path, "jsonl", HELD_OUT, "held_out"), rows=None)
+    assert prepare(config, tmp_path / "out").manifest["rows"]["finetune"] == 20
 
 
 def test_the_same_seed_gives_the_same_shards(tmp_path, tiny_config):
@@ -310,6 +352,20 @@ def test_a_passage_of_the_validation_rows_is_not_trained_on(tmp_path):
     config = from_dict(RunConfig, {"data": {"dataset": "own", "datasets": {"own": own}}})
     prepared = prepare(config, tmp_path / "out")
     assert prepared.manifest["rows"]["finetune"] == 15 and prepared.manifest["dropped"] == {"in validation": 5}
+
+
+def test_a_passage_of_the_validation_rows_is_left_out_of_the_corpus(tmp_path):
+    texts = "".join(f"Passage {i} is a long one.\n" for i in range(20))
+    (tmp_path / "corpus.txt").write_text(texts)
+    rows = [{**ROWS[0], "story": f"Passage {i} is a long one."} for i in range(0, 20, 4)]
+    base = config_for(
+        tmp_path, path=write(tmp_path, "jsonl"), held_out=write(tmp_path, "jsonl", rows, "held"), rows=None
+    )
+    plain = DatasetConfig(format="text", train=str(tmp_path / "corpus.txt"))
+    data = replace(base.data, corpus="plain", datasets={**base.data.datasets, "plain": plain})
+    config = replace(base, data=data)
+    prepared = prepare(config, tmp_path / "out")
+    assert prepared.manifest["dropped"]["in validation"] == 5 and prepared.manifest["rows"]["flow"] == 15
 
 
 def test_a_bad_line_and_an_unreadable_file_are_set_aside_with_file_and_row(tmp_path):

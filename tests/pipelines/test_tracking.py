@@ -79,6 +79,28 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path):
     assert server.values == [("a", 1.0, 1), ("b", 2.0, 1), ("a", 3.0, 2)]
 
 
+def test_a_server_that_is_not_there_at_first_gets_all_in_the_end(tmp_path):
+    (tmp_path / "unsent.jsonl").write_text('["left", 1.0, 5, 1]\n')
+    server, failures, tried = Server(), [OSError("refused")], threading.Event()
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "run")
+    tracker.client = server  # type: ignore[assignment]
+    server.may_answer.clear()
+
+    def connect() -> Tracker:
+        tried.set()
+        if failures:
+            raise failures.pop()
+        return tracker
+
+    buffer = MetricsBuffer(connect, tmp_path / "unsent.jsonl", 0.05)
+    buffer.metrics({"a": 1.0}, 2)
+    assert tried.wait(60)
+    assert (tmp_path / "unsent.jsonl").is_file()  # until it is sent: this process may end at any time
+    server.may_answer.set()
+    assert buffer.close() == 0 and not (tmp_path / "unsent.jsonl").exists()
+    assert server.values == [("left", 1.0, 1), ("a", 1.0, 2)]
+
+
 def test_what_cannot_be_sent_waits_in_a_file_for_the_next_run(tmp_path):
     down = buffer_to(Server(up=False), tmp_path)
     down.metrics({"a": 1.5}, 1)
