@@ -46,6 +46,8 @@ def markdown(report: Report) -> str:
     where = f"{machine['processor']} ({machine['cores']} cores), float32"
     if machine["device"] != "cpu":
         where = f"{machine['device']}, trained in bfloat16, answers in float32"
+    if load := machine.get("load_average"):
+        where += f", load average {load:.1f}"
     lines = [
         f"### {report['name']}",
         "",
