@@ -11,7 +11,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -394,28 +394,21 @@ def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
             out.write(json.dumps({"file": piece.where, **entry}, default=str, ensure_ascii=False) + "\n")
 
 
-def document_keys(source: Source, task: Task) -> Iterator[int]:
-    """Keys of the documents of a split of a task's data set; an unreadable file's are left out."""
+def keys_of(source: Source, task: Task) -> tuple[set[int], set[int]]:
+    """Keys of a split's documents, and of all texts in the fields of its rows; an unreadable file's are left out."""
+    documents: set[int] = set()
+    texts: set[int] = set()
     for piece in source.pieces:
         try:
             for batch in source.rows(piece):
                 for row in batch.rows:
+                    fields = fields_of(row, source.dataset.columns)
+                    texts |= {document_key(text) for text in fields.values() if isinstance(text, str) and text}
                     try:
-                        text, _ = task.pair(fields_of(row, source.dataset.columns))
+                        text, _ = task.pair(fields)
                     except ValueError:  # an unusable row, which is set aside when it is encoded
                         continue
-                    yield _document_of(row, source, lambda text=text: text)
+                    documents.add(_document_of(row, source, lambda text=text: text))
         except UnreadableFile:
             continue
-
-
-def text_keys(source: Source) -> Iterator[int]:
-    """Keys of all texts in the fields of a split of a data set; an unreadable file's are left out."""
-    for piece in source.pieces:
-        try:
-            for batch in source.rows(piece):
-                for row in batch.rows:
-                    texts = fields_of(row, source.dataset.columns).values()
-                    yield from (document_key(text) for text in texts if isinstance(text, str) and text)
-        except UnreadableFile:
-            continue
+    return documents, texts

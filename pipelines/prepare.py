@@ -30,7 +30,7 @@ import ray.data
 import ray.exceptions
 
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
-from pipelines.encode import SCHEMAS, Encode, Record, clean, document_keys, text_keys, text_row
+from pipelines.encode import SCHEMAS, Encode, Record, clean, keys_of, text_row
 from pipelines.order import Shard
 from pipelines.sources import (
     ENDINGS,
@@ -106,7 +106,9 @@ class Prepared:
 
     def validation(self, max_rows: int, skip: int = 0) -> list[dict[str, Any]]:
         """Validation rows, the first ones after `skip`: source, target, answers, kind."""
-        return pq.read_table(self.folder / "validation").slice(skip, max_rows).to_pylist()
+        return (
+            pq.read_table(self.folder / "validation", page_checksum_verification=True).slice(skip, max_rows).to_pylist()
+        )
 
 
 def corpora_of(data: DataConfig) -> list[str]:
@@ -331,9 +333,9 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
 
     own = pairs.dataset.held_out and not pairs.dataset.validation
     none = np.zeros(0, np.uint64)
-    kept_out = none if own else np.unique(np.fromiter(document_keys(held_out, task), np.uint64))
-    # A text of the corpus may be a passage of the validation rows.
-    kept_texts = none if own else np.unique([*kept_out, *np.fromiter(text_keys(held_out), np.uint64)])
+    documents, texts = (set[int](), set[int]()) if own else keys_of(held_out, task)
+    kept_out = np.array(sorted(documents), np.uint64)
+    kept_texts = np.array(sorted(documents | texts), np.uint64)  # a text of the corpus may be one of their passages
     everything = [pairs, held_out, *corpora]
     cpus = min(int(ray.cluster_resources().get("CPU", 1)), len(ray.nodes()) * (os.cpu_count() or 1))
     threads = max(1, cpus // sum(len(s.pieces) for s in everything))

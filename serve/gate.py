@@ -64,7 +64,8 @@ class Gate:
         headers = Headers(scope=scope)
         # Serve sets it where the client did not, and gives back whatever the client sent: that is the one to be found.
         request_id = headers.get("x-request-id", "")[:256]
-        if not (request_id if not self.gives_id else re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII)):
+        usable = re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII) if self.gives_id else request_id
+        if not usable:
             request_id = uuid.uuid4().hex
         line: dict[str, Any] = {"request_id": request_id}
         given_back = {"X-Request-ID": request_id} if self.gives_id else {}

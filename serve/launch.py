@@ -181,10 +181,10 @@ def start_local_ray(**settings: Any) -> None:
             return
         except Exception as error:  # Ray raises no narrower one
             ray.shutdown()
+            reason = _last_line(str(error))
             if last:
-                raise LaunchError(
-                    f"Ray did not start on this machine, tried twice: {_last_line(str(error))}"
-                ) from error
+                raise LaunchError(f"Ray did not start on this machine, tried twice: {reason}") from error
+            print(f"Ray did not come up ({reason}); trying once more", flush=True)
 
 
 def _refuse_second_serve() -> None:
@@ -203,13 +203,13 @@ def _deploy(args: AppArgs, host: str, port: int, timeout_s: float) -> str:
     from serve.app import build_app
 
     deadline = time.monotonic() + timeout_s
+    target = ray_serve.RunTarget(build_app(args), name=APP_NAME, logging_config=LOGGING)
     try:
         ray_serve.start(http_options={"host": host, "port": port}, logging_config=LOGGING)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # serve.start has set it to its own
+        ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except RAY_ERRORS as error:
         raise LaunchError(f"Ray Serve did not start: {_last_line(str(error))}") from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # serve.start has set it to its own
-    target = ray_serve.RunTarget(build_app(args), name=APP_NAME, logging_config=LOGGING)
-    ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{shown}:{port}"
     look_at = 0.0

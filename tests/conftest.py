@@ -71,9 +71,9 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
 
 @contextmanager
 def google_server() -> Iterator[tuple[str, dict[str, str]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from tests.clusters.conftest import free_port
+
+    port = free_port()
     command = [sys.executable, "-m", "tests.google_storage", str(port)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL) as server:
         deadline = time.monotonic() + 60

@@ -1,6 +1,6 @@
 """A server that stands in for Google Cloud Storage: `python -m tests.google_storage PORT`, one empty bucket `yan`.
 
-A process of its own, since pyarrow holds Python's lock while it asks where it stands in a file.
+A process of its own: in one with the reader, reads hang.
 """
 
 import sys
