@@ -25,8 +25,8 @@ POOLS = 8
 
 def _sample(config: RunConfig, data: TrainingData, stage: str) -> list[Batch]:
     """Batches spread over a stage."""
-    pools, found = stage_order(data, stage, config).pools(), []
-    for pool in pools[:: -(-len(pools) // POOLS)]:
+    order, found = stage_order(data, stage, config), []
+    for pool in map(order.pool, range(0, order.num_pools, -(-order.num_pools // POOLS))):
         found += itertools.islice(data.batches(config, stage, pool.first_step), len(pool.batches))
     return found
 

@@ -12,7 +12,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from pipelines.batches import as_rows, make_batch
 from pipelines.order import num_lanes, stage_order
 from pipelines.prepare import Prepared
-from pipelines.stream import ReadLane, StageStream
+from pipelines.stream import FILLING, ReadShare, StageStream, lanes_of
 from yan_core.batching import Batch
 from yan_core.config import RunConfig, StageConfig
 from yan_core.training import TrainingFailed
@@ -48,30 +48,28 @@ class StageBatches:
         """
         settings: StageConfig = getattr(self.config.stages, stage)
         lanes = num_lanes(settings, self.config.data)
-        in_batch = settings.batch_size // lanes
+        own = len(lanes_of(self.rank, lanes, self.workers))
+        in_batch = own * settings.batch_size // lanes
         while step < settings.max_steps:
-            round_ = []
-            for lane in range(self.rank, lanes, self.workers):
-                block = next(self.blocks, None)
-                if block is None:
-                    raise TrainingFailed(f"stage {stage} ran out of rows at step {step}: prepare the data again")
-                found = tuple(block.column(name)[0].as_py() for name in ("stage", "step", "lane"))
-                if found != (stage, step, lane):
-                    raise TrainingFailed(
-                        f"the stream of rows is out of order: expected stage, step, lane {(stage, step, lane)}, "
-                        f"got {found}; start again from the last checkpoint"
-                    )
-                round_.append(_columns(block))
-            for i in range(len(round_[0]["step"]) // in_batch):
-                part = slice(i * in_batch, (i + 1) * in_batch)
-                rows = {name: np.concatenate([r[name][part] for r in round_]) for name in round_[0]}
-                yield make_batch(self.config, stage, rows, groups=len(round_))
+            block = next(self.blocks, None)
+            if block is None:
+                raise TrainingFailed(f"stage {stage} ran out of rows at step {step}: prepare the data again")
+            found = tuple(block.column(name)[0].as_py() for name in ("stage", "step", "rank"))
+            if found != (stage, step, self.rank):
+                raise TrainingFailed(
+                    f"the stream of rows is out of order: expected stage, step, rank {(stage, step, self.rank)}, "
+                    f"got {found}; start again from the last checkpoint"
+                )
+            rows = _columns(block)
+            for start in range(0, int((rows["step"] != FILLING).sum()), in_batch):
+                part = {name: values[start : start + in_batch] for name, values in rows.items()}
+                yield make_batch(self.config, stage, part, groups=own)
                 step += 1
 
 
 def _columns(block: pa.Table) -> dict[str, np.ndarray]:
     """Columns of a block; those of token ids as arrays of arrays."""
-    found = {name: block.column(name).to_numpy() for name in ("epoch", "row", "step")}
+    found = {name: np.array(block.column(name).to_numpy()) for name in ("epoch", "row", "step")}  # writable
     for name in ("source", "target"):
         array = block.column(name).combine_chunks()
         found[name] = as_rows(array.values.to_numpy(), array.offsets.to_numpy())
@@ -86,7 +84,6 @@ def open_blocks(shard: Any) -> Iterator[pa.Table]:
 
 def stage_batches(config: RunConfig, prepared: Prepared, stage: str, step: int = 0) -> Iterator[Batch]:
     """The batches of a stage from a step on, read in this process."""
-    order = stage_order(prepared, stage, config)
-    read = ReadLane([StageStream(stage, order, order.pools(step))])
+    read = ReadShare([StageStream(stage, stage_order(prepared, stage, config), step)])
     blocks = (read.read(number) for number in range(read.first[-1]))
     return StageBatches(blocks, config).stage(stage, step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -194,22 +194,41 @@ class StageOrder:
         self.lane_rows = settings.batch_size // self.lanes  # in each batch
         # A pool longer than an epoch would put a row twice into one batch.
         self.pool_batches = max(1, min(data.pool_batches, rows.num_rows // settings.batch_size))
+        # First steps of the pools of the curriculum, and of the first one after it; from there on all are of one size.
+        self._starts = [0]
+        while self._starts[-1] < settings.curriculum_steps:
+            self._starts.append(self._starts[-1] + self.kept_batches(self._starts[-1]))
 
     def kept_batches(self, step: int) -> int:
         """How many of a pool's batches, the shortest first, are used when its first one is at `step`."""
         until = self.settings.curriculum_steps
         return self.pool_batches if step >= until else math.ceil(self.pool_batches * (step + 1) / until)
 
-    def pools(self, step: int = 0) -> list[Pool]:
+    def first_step(self, pool: int) -> int:
+        """Optimizer step of a pool's first batch."""
+        beyond = pool - (len(self._starts) - 1)
+        return self._starts[pool] if beyond < 0 else self._starts[-1] + beyond * self.pool_batches
+
+    def pool_at(self, step: int) -> int:
+        """Number of the pool that gives a step's batch."""
+        if step < self._starts[-1]:
+            return bisect_right(self._starts, step) - 1
+        return len(self._starts) - 1 + (step - self._starts[-1]) // self.pool_batches
+
+    @property
+    def num_pools(self) -> int:
+        """Pools of the stage."""
+        return self.pool_at(self.settings.max_steps - 1) + 1 if self.settings.max_steps else 0
+
+    def pool(self, number: int, step: int = 0) -> Pool:
+        """A pool, or what is left of it from a step within it on."""
+        at = self.first_step(number)
+        used = np.random.default_rng([self.rows.seed, number]).permutation(self.kept_batches(at))
+        return Pool(number, max(at, step), used[max(0, step - at) : self.settings.max_steps - at])
+
+    def pools(self, step: int = 0) -> Iterator[Pool]:
         """The stage's pools from optimizer step `step` on; of the first one, what is left of it."""
-        found, at, number = [], 0, 0
-        while at < self.settings.max_steps:
-            kept = self.kept_batches(at)
-            used = np.random.default_rng([self.rows.seed, number]).permutation(kept)[: self.settings.max_steps - at]
-            if at + len(used) > step:
-                found.append(Pool(number, max(at, step), used[max(0, step - at) :]))
-            at, number = at + len(used), number + 1
-        return found
+        return (self.pool(number, step) for number in range(self.pool_at(step), self.num_pools))
 
     def lane(self, pool: int, lane: int) -> tuple[int, int]:
         """Where a lane of a pool begins and ends in the line of rows."""
@@ -231,9 +250,8 @@ class StageOrder:
 
     def cursor(self, step: int) -> dict[str, int]:
         """Where reading goes on at a step: epoch, and rows of it that are done with (of whole pools)."""
-        left = self.pools(step)
-        done = self.lane(left[0].number if left else self.pools()[-1].number + 1, 0)[0]
-        epoch, position = self.rows.epoch_at(done)
+        pool = self.pool_at(step) if step < self.settings.max_steps else self.num_pools
+        epoch, position = self.rows.epoch_at(self.lane(pool, 0)[0])
         return {"epoch": epoch, "position": position}
 
 

@@ -105,7 +105,7 @@ class Packed:
                 yield make_batch(config, stage, rows, groups=order.lanes)
 
     def _lane(self, stage: str, order: StageOrder, pool: Pool, lane: int) -> dict[str, np.ndarray]:
-        """Rows of one lane of one pool, batch after batch; as `stream.ReadLane` reads them."""
+        """Rows of one lane of one pool, batch after batch; as `stream.ReadShare` reads them."""
         pieces = order.rows.pieces(*order.lane(pool.number, lane))
         columns = COLUMNS["finetune" if stage == "finetune" else "flow"]
 

@@ -16,10 +16,8 @@ import ray.data
 import ray.exceptions
 import ray.train
 from ray.actor import ActorHandle
-from ray.data import ExecutionOptions
 from ray.train import (
     CheckpointConfig,
-    DataConfig,
     FailureConfig,
     Result,
     ScalingConfig,
@@ -31,7 +29,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.prepare import Prepared
 from pipelines.sources import DataError
 from pipelines.state import StageJob
-from pipelines.worker import TrainingStream, train_loop
+from pipelines.worker import STREAM, DealtStream, TrainingStream, train_loop
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_description, code_fingerprint
 from yan_core.training import (
@@ -90,9 +88,8 @@ def train_stages(
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=loop_config,
-        datasets={"training": stream},
-        # In order, so that the same blocks come to the same workers each time.
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        datasets={STREAM: ray.data.range(1)},  # in its place the workers get the stream
+        dataset_config=DealtStream(stream),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=scaling.use_gpu,

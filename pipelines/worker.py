@@ -17,6 +17,7 @@ import ray.exceptions
 import ray.train
 import torch
 from ray.actor import ActorHandle
+from ray.data import ExecutionOptions
 from ray.train import (
     CheckpointUploadMode,
 )
@@ -51,15 +52,22 @@ from yan_core.training import (
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
 
+STREAM = "training"
+"""Name of the stream of rows in Ray Train."""
+
 NOT_FINITE = "not_finite"
 """Beside the checkpoints: the state of a training that met no finite gradient."""
 
 
 @dataclass(frozen=True)
 class TrainingStream:
-    """Opens the stream of rows for a group of workers, where the newest sound checkpoint stands.
+    """The stream of rows of a group of workers, from where the newest sound checkpoint stands.
 
-    Ray Train calls it in its controller each time that it starts workers.
+    Attributes:
+        config: The run, as plain values.
+        jobs: All stages that are to be trained.
+        prepared: Folder of the data.
+        checkpoints: Place of the checkpoints.
     """
 
     config: dict[str, Any]
@@ -67,13 +75,32 @@ class TrainingStream:
     prepared: str
     checkpoints: str
 
-    def __call__(self) -> ray.data.Dataset:
-        """Decide what the workers go on from, and open the rows after it."""
-        quiet_ray()
+    def open(self, workers: int) -> ray.data.Dataset:
+        """Decide what so many workers go on from, and open the rows after it."""
         found = Checkpoints(self.checkpoints).decide([job.fingerprint for job in self.jobs])
         jobs, step = left_from(self.jobs, found[1] if found else None)
         config = from_dict(RunConfig, self.config)
-        return open_stream(open_prepared(Path(self.prepared)), config, [job.stage for job in jobs], step)
+        return open_stream(open_prepared(Path(self.prepared)), config, [job.stage for job in jobs], step, workers)
+
+
+class DealtStream(ray.train.DataConfig):
+    """Opens a stream for as many workers as Ray Train has started, each time that it starts some."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        # In order, so that the same blocks come to the same workers each time.
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self.stream = stream
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, *_: object, **__: object
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """What each worker reads in place of the data set of a name, which stands in for the stream."""
+        quiet_ray()
+        (name,) = datasets
+        stream = self.stream.open(world_size)
+        stream.set_name(name)
+        stream.context.execution_options = self._resolve_execution_options(name)
+        return [{name: part} for part in stream.streaming_split(world_size, equal=False)]
 
 
 def left_from(jobs: list[StageJob], position: Position | None) -> tuple[list[StageJob], int]:
@@ -171,9 +198,9 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
     rank, workers = context.get_world_rank(), context.get_world_size()
     config, prepared = from_dict(RunConfig, stream.config), open_prepared(Path(stream.prepared))
     checkpoints, tokenizer = Checkpoints(stream.checkpoints), prepared.tokenizer
-    found = checkpoints.decided()
+    batches = StageBatches(open_blocks(ray.train.get_dataset_shard(STREAM)), config, rank, workers)
+    found = checkpoints.decided()  # when the stream was opened
     jobs, _ = left_from(stream.jobs, found[1] if found else None)
-    batches = StageBatches(open_blocks(ray.train.get_dataset_shard("training")), config, rank, workers)
     model: YanModel | Baseline | None = None
     held = ""  # folder of the trained model in memory
     for job in jobs:

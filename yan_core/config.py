@@ -404,7 +404,7 @@ class StageConfig:
     max_steps: int = 500
     """Optimizer steps."""
     batch_size: int = 64
-    """Rows of a step over all workers; a multiple of data.lanes, or of as many lanes as there are workers."""
+    """Rows of a step over all workers; best a multiple of data.lanes, of which a worker takes one at least."""
     trains: tuple[Part, ...] = ("source_encoder", "flow")
     """Parts that learn; the others are frozen."""
     curriculum_steps: int = 0
@@ -544,9 +544,9 @@ class DataConfig:
     """Batches whose rows are sorted by length together: more means less padding, and batches that are less mixed, which
     costs quality (EXPERIMENTS, 2026-11-24)."""
     lanes: int = 8
-    """Parts that each pool, and each batch, is made of, whatever the number of workers; a worker takes one or several.
-    The batches depend on it, so set it to the most workers there may ever be. A batch that it does not divide has as
-    many lanes as divide both."""
+    """Parts that each pool, and each batch, is made of, whatever the number of workers; a worker takes one or several,
+    and where they do not go into the workers some wait for the others. The batches depend on it, so set it to the most
+    workers there may ever be. A batch that it does not divide has as many lanes as divide both."""
     rows_per_shard: int = 4_096
     """Rows of an output file."""
 
@@ -741,12 +741,12 @@ class RunConfig:
             self._check_baseline(self.baseline)
         for stage in dataclasses.fields(self.stages):
             batch_size, lanes = getattr(self.stages, stage.name).batch_size, self.data.lanes
-            for workers in range(self.scaling.min_workers, self.scaling.max_workers + 1):
-                _require(
-                    math.gcd(batch_size, lanes) % workers == 0,
-                    f"scaling.num_workers={workers} must divide both stages.{stage.name}.batch_size={batch_size} and "
-                    f"data.lanes={lanes}: a worker takes whole lanes",
-                )
+            _require(
+                self.scaling.max_workers <= math.gcd(batch_size, lanes),
+                f"scaling.num_workers={self.scaling.max_workers} is more than the lanes of stage {stage.name}, "
+                f"{math.gcd(batch_size, lanes)}, and a worker takes whole lanes: these are as many as divide both "
+                f"stages.{stage.name}.batch_size={batch_size} and data.lanes={lanes}",
+            )
 
     def _check_baseline(self, baseline: BaselineConfig) -> None:
         _require(

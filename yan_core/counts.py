@@ -44,19 +44,21 @@ class Counts:
         weight: Sum of the target tokens' weights.
         tokens: Real target tokens, the filling included.
         scopes: Scopes of an expert's draw that hold a real token.
+        rows: Rows.
     """
 
     weight: Tensor
     tokens: Tensor
     scopes: Tensor
+    rows: Tensor
 
     def of_all_workers(self) -> Counts:
         """This worker's even share of all workers' counts."""
-        return Counts(*even_share(torch.stack([self.weight, self.tokens, self.scopes])))
+        return Counts(*even_share(torch.stack([self.weight, self.tokens, self.scopes, self.rows])))
 
     def divided(self, parts: int) -> Counts:
         """The even share of each of some parts."""
-        return Counts(self.weight / parts, self.tokens / parts, self.scopes / parts)
+        return Counts(*(count / parts for count in vars(self).values()))
 
 
 def count(batch: Batch, config: AutoencoderLossConfig | FlowLossConfig, model: ModelConfig) -> Counts:
@@ -82,4 +84,5 @@ def count_places(weight: Tensor, mask: Tensor, tokens: int) -> Counts:
         tokens: Tokens of a scope.
     """
     scopes = (sum_scopes(mask[..., None], mask, tokens) > 0).sum()
-    return Counts(*(c.float().clamp_min(1) for c in (weight.sum(), mask.sum(), scopes)))
+    rows = torch.full((), float(len(mask)), device=mask.device)
+    return Counts(*(c.float().clamp_min(1) for c in (weight.sum(), mask.sum(), scopes, rows)))

@@ -321,7 +321,8 @@ def flow_loss(
     logits = model.decoder(matching.endpoint)
     terms["loss_ce"] = weighted_cross_entropy(logits, batch.target_ids, weight, counts.weight)
     if model.length_head is not None:
-        terms["loss_length"] = F.cross_entropy(model.length_head(source.mean).float(), mask.sum(-1).clamp_min(1) - 1)
+        logits_BL, lengths_B = model.length_head(source.mean).float(), mask.sum(-1).clamp_min(1) - 1
+        terms["loss_length"] = F.cross_entropy(logits_BL, lengths_B, reduction="sum") / counts.rows
     if config.weight_l2 or config.weight_mmd:
         terms["loss_l2"], terms["loss_mmd"] = latent_terms(x_1, mask, batch.keys, config.mmd_tokens, counts.tokens)
     output = weigh(terms, config)

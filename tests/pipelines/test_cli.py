@@ -48,7 +48,10 @@ def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
         ("model: {d_modle: 64}", r"d_modle[\s\S]*Did you mean model.d_model\?"),
         ("model: {d_model: wide}", "model.d_model"),
         ("model: {d_model: 10}", "multiple of"),
-        ("stages: {flow: {batch_size: 5}}", r"must divide both stages.flow.batch_size=5 and data.lanes=8"),
+        (
+            "stages: {flow: {batch_size: 5}}",
+            r"is more than the lanes of stage flow, 1, .*stages.flow.batch_size=5 and data.lanes=8",
+        ),
         ("data: {datasets: {a: {format: xml}}}", "format"),
     ],
 )

@@ -1,21 +1,28 @@
 """Shards -> stream -> the batches of each worker."""
 
 import itertools
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 import torch
 
+import pipelines.stream
 from pipelines.batches import ahead, row_keys
 from pipelines.cluster import ray_session
 from pipelines.loader import StageBatches
-from pipelines.order import stage_order
+from pipelines.order import RowOrder, Shard, StageOrder, stage_order
 from pipelines.prepare import Prepared
-from pipelines.stream import ReadLane, StageStream, open_stream, read_rows_of
-from yan_core.config import RunConfig, from_dict
+from pipelines.state import StageJob
+from pipelines.stream import ReadShare, StageStream, read_rows_of
+from pipelines.worker import DealtStream, TrainingStream
+from yan_core.config import DataConfig, RunConfig, StageConfig, from_dict, to_dict
+from yan_core.files import write_file
 from yan_core.tokenization import Tokenizer
 from yan_core.training import TrainingFailed
 
@@ -46,19 +53,19 @@ def prepared(tmp_path_factory) -> Prepared:
     return Prepared(folder, {"rows": ROWS, "files": files})
 
 
-def blocks(prepared, config, stages, step=0):
+def blocks(prepared, config, stages, step=0, workers=1):
     """The stream of `open_stream` without Ray."""
-    left = []
-    for i, stage in enumerate(stages):
-        order = stage_order(prepared, stage, config)
-        left.append(StageStream(stage, order, order.pools(step if i == 0 else 0)))
-    read = ReadLane(left)
+    left = [
+        StageStream(stage, stage_order(prepared, stage, config), 0 if i else step, workers)
+        for i, stage in enumerate(stages)
+    ]
+    read = ReadShare(left)
     return [read.read(n) for n in range(read.first[-1])]
 
 
 def batches(prepared, config, stage, step=0, workers=1):
     """Each step's batch of each worker."""
-    stream = blocks(prepared, config, [stage], step)
+    stream = blocks(prepared, config, [stage], step, workers)
     of_worker = [StageBatches(iter(stream[r::workers]), config, r, workers).stage(stage, step) for r in range(workers)]
     return list(zip(*of_worker, strict=True))
 
@@ -88,13 +95,17 @@ def test_each_row_of_an_epoch_comes_once(prepared, stage):
 
 
 def test_a_step_has_the_same_rows_and_draws_however_many_workers_share_it(prepared):
-    one, two = batches(prepared, CONFIG, "flow"), batches(prepared, CONFIG, "flow", workers=2)
-    four = batches(prepared, CONFIG, "flow", workers=4)
-    for alone, pair, quartet in zip(one, two, four, strict=True):
+    one, two, three, four = (batches(prepared, CONFIG, "flow", workers=workers) for workers in (1, 2, 3, 4))
+    for alone, *others in zip(one, two, three, four, strict=True):
         expected = sorted(zip(alone[0].keys.tolist(), rows_of(alone[0]), strict=True))
-        for shared in (pair, quartet):
+        for shared in others:
             assert sorted(k for b in shared for k in zip(b.keys.tolist(), rows_of(b), strict=True)) == expected
-            assert len({len(b.keys) for b in shared}) == 1
+    assert [[len(b.keys) for b in shares[0]] for shares in (one, two, three, four)] == [
+        [16],
+        [8, 8],
+        [8, 4, 4],
+        [4] * 4,
+    ]
     corrupted = {int(k): s.tolist() for k, s in zip(one[3][0].keys, one[3][0].source_ids, strict=True)}
     for half in two[3]:
         for key, source in zip(half.keys, half.source_ids, strict=True):
@@ -102,9 +113,13 @@ def test_a_step_has_the_same_rows_and_draws_however_many_workers_share_it(prepar
             assert corrupted[int(key)][: len(short)] == short  # padded differently at most
 
 
+@pytest.mark.parametrize("most", [1, pipelines.stream.MOST_BLOCKS])
 @pytest.mark.parametrize("step", [1, 4, 7, 19])
-def test_after_a_restart_the_batches_are_those_that_were_left(prepared, step):
-    whole, rest = batches(prepared, CONFIG, "finetune"), batches(prepared, CONFIG, "finetune", step)
+def test_after_a_restart_the_batches_are_those_that_were_left(prepared, step, most, monkeypatch):
+    whole = batches(prepared, CONFIG, "finetune")
+    monkeypatch.setattr(pipelines.stream, "MOST_BLOCKS", most)
+    monkeypatch.setattr(pipelines.stream, "LEAST_ROUNDS", 2)
+    rest = batches(prepared, CONFIG, "finetune", step)
     assert len(rest) == 20 - step
     for (before,), (after,) in zip(whole[step:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
@@ -120,14 +135,14 @@ def test_a_batch_holds_rows_of_like_length(prepared):
 
 
 def test_a_block_that_came_to_the_wrong_worker_is_noticed(prepared):
-    stream = blocks(prepared, CONFIG, ["flow"])
+    stream = blocks(prepared, CONFIG, ["flow"], workers=2)
     stream[0], stream[1] = stream[1], stream[0]
-    with pytest.raises(TrainingFailed, match=r"out of order: expected stage, step, lane \('flow', 0, 0\), got"):
+    with pytest.raises(TrainingFailed, match=r"out of order: expected stage, step, rank \('flow', 0, 0\), got"):
         next(StageBatches(iter(stream), CONFIG).stage("flow", 0))
 
 
 def test_a_stream_that_ends_early_is_noticed(prepared):
-    stream = blocks(prepared, CONFIG, ["flow"])[:4]
+    stream = blocks(prepared, CONFIG, ["flow"])[:1]
     with pytest.raises(TrainingFailed, match="stage flow ran out of rows at step 4"):
         list(StageBatches(iter(stream), CONFIG).stage("flow", 0))
 
@@ -148,25 +163,48 @@ def test_targets_of_a_task_are_filled_with_end_of_text(prepared):
     assert batch.target_mask.all()
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("pools", [1, 3])
+def test_blocks_of_a_round_hold_equally_many_rows(prepared, workers, pools, monkeypatch):
+    """Or Ray Data, which gives a block to whoever has had fewest rows, would deal them out in another order."""
+    rounds = -(-5 // pools)  # 20 steps are five pools
+    monkeypatch.setattr(pipelines.stream, "MOST_BLOCKS", rounds * workers)
+    monkeypatch.setattr(pipelines.stream, "LEAST_ROUNDS", 1)
+    stream = blocks(prepared, CONFIG, ["finetune"], workers=workers)
+    assert len(stream) == rounds * workers
+    for i in range(0, len(stream), workers):
+        assert len({block.num_rows for block in stream[i : i + workers]}) == 1
+
+
+def test_a_long_stage_has_few_blocks_and_small_ones_however_many_workers():
+    data, shards = DataConfig(lanes=1024), [Shard("a", 1 << 24)]
+    order = StageOrder(RowOrder(shards, 0), StageConfig(batch_size=1024, max_steps=1_000_000), data)
+    assert order.num_pools == 125_000
+    assert [StageStream("flow", order, workers=workers).num_blocks for workers in (1, 8, 512)] == [
+        7813,
+        8136,
+        32768,
+    ]
+
+
 @pytest.mark.ray
-def test_ray_data_hands_each_worker_its_blocks_in_order(prepared):
-    """All stages in one stream, split as Ray Train splits it."""
+@pytest.mark.parametrize("workers", [2, 3])
+def test_ray_data_hands_each_worker_its_blocks_in_order(prepared, workers, tmp_path):
+    """All stages in one stream, from where a checkpoint stands, split as Ray Train splits it."""
     stages = ["autoencoder", "flow", "finetune"]
-    expected = blocks(prepared, CONFIG, stages, step=6)
-    with ray_session(1, 1):
-        stream = open_stream(prepared, CONFIG, stages, step=6)
-        stream.context.execution_options.preserve_order = True
-        halves = stream.streaming_split(2, equal=True)
+    expected = blocks(prepared, CONFIG, stages, workers=workers)
+    write_file(prepared.folder / "manifest.json", json.dumps(prepared.manifest))
+    jobs = [StageJob(stage, {}, stage, "", "", "") for stage in stages]
+    stream = TrainingStream(to_dict(CONFIG), jobs, str(prepared.folder), str(tmp_path))
 
-        def read(half):
-            return [b for b in half.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)]
+    def read(half):
+        return [b for b in half.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)]
 
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(read, halves))
-    for rank in (0, 1):
-        mine = expected[rank::2]
+    with ray_session(1, 1), ThreadPoolExecutor(workers) as pool:
+        parts = DealtStream(stream).configure({"training": ray.data.range(1)}, workers)
+        got = list(pool.map(read, [part["training"] for part in parts]))
+    for rank in range(workers):
+        mine = expected[rank::workers]
         assert len(got[rank]) == len(mine)
         assert all(a.to_pylist() == b.to_pylist() for a, b in zip(got[rank], mine, strict=True))
 

@@ -68,6 +68,10 @@ def test_pools_from_a_step_on_are_what_is_left_of_all_pools():
     assert [step for _, step, _ in everything] == list(range(100))
     for step in (0, 1, 17, 99, 100):
         assert steps(order.pools(step)) == everything[step:]
+    for number, step, _ in everything:
+        assert order.pool_at(step) == number
+        assert order.first_step(number) <= step < order.first_step(number + 1)
+    assert order.num_pools == everything[-1][0] + 1
 
 
 def test_a_curriculum_uses_the_shortest_batches_of_each_pool_first():

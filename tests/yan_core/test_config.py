@@ -235,8 +235,8 @@ def test_a_value_out_of_range_is_refused_under_its_dotted_key(values: dict[str, 
         ),
         (
             RunConfig,
-            {"scaling": ScalingConfig(num_workers=3), "stages": StagesConfig(flow=StageConfig(batch_size=4))},
-            r"scaling\.num_workers=3 must divide both stages\.\w+\.batch_size=\d+ and data\.lanes=8",
+            {"scaling": ScalingConfig(num_workers=(2, 5)), "stages": StagesConfig(flow=StageConfig(batch_size=4))},
+            r"scaling\.num_workers=5 is more than the lanes of stage flow, 4, .*batch_size=4 and data\.lanes=8",
         ),
     ],
 )
