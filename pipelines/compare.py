@@ -34,8 +34,10 @@ from pipelines.contestants import (
 )
 from pipelines.folders import read_inputs, run_lock
 from pipelines.plain import device_of
+from pipelines.progress import say
+from pipelines.publish import rows_that_choose
 from pipelines.results import markdown, pictures
-from pipelines.run import TRAINED, prepare_step, rows_that_choose, run, say
+from pipelines.run import TRAINED, prepare_step, run
 from pipelines.tracking import Tracker, check_tracking
 from yan_core.config import RunConfig, unknown_name
 from yan_core.files import atomic_folder, write_file

@@ -27,6 +27,31 @@ class Value(NamedTuple):
     step: int
 
 
+UNSENT = "unsent_metrics.jsonl"
+"""In a run's folder: what could not be sent."""
+
+logger = logging.getLogger(__name__)
+
+
+def _send(
+    tracker: Tracker,
+    batch: list[Value],
+    store_errors: tuple[type[Exception], ...],
+    is_refusal: Callable[[BaseException], bool],
+) -> None:
+    """Send values, and leave out those that the store will never take."""
+    try:
+        tracker.send(batch)
+    except store_errors as error:
+        if not is_refusal(error):
+            raise
+        if len(batch) == 1:
+            logger.warning("MLflow refuses %s, which is left out: %s", batch[0], error)
+        else:
+            for value in batch:
+                _send(tracker, [value], store_errors, is_refusal)
+
+
 class MetricsBuffer:
     """Sends metrics to MLflow from a thread of its own: a slow or absent server neither slows nor stops training.
 
@@ -69,7 +94,8 @@ class MetricsBuffer:
             self.changed.notify()
 
     def _work(self) -> None:
-        from pipelines.tracking import STORE_ERRORS  # MLflow: three seconds of imports, here beside the training
+        # MLflow: three seconds of imports, here beside the training.
+        from pipelines.tracking import STORE_ERRORS, is_refusal
 
         tracker: Tracker | None = None
         while True:
@@ -81,11 +107,16 @@ class MetricsBuffer:
             try:
                 tracker = tracker or self.connect()
                 if batch:
-                    tracker.send(batch)
+                    _send(tracker, batch, STORE_ERRORS, is_refusal)
                 elif table is not None:
-                    tracker.table(*table)
+                    try:
+                        tracker.table(*table)
+                    except STORE_ERRORS as error:
+                        if not is_refusal(error):
+                            raise
+                        logger.warning("MLflow refuses a table of %s, which is left out: %s", table[1], error)
             except STORE_ERRORS as error:
-                logging.getLogger(__name__).warning("MLflow: %s; tried again", error)
+                logger.warning("MLflow: %s; tried again", error)
                 with self.changed:
                     if self.changed.wait_for(lambda: self.closing, self.retry_s):
                         return

@@ -19,7 +19,8 @@ from typing import Any
 from pipelines.cli import parse_config
 from pipelines.evaluation import Quality
 from pipelines.prepare import open_prepared
-from pipelines.run import RunResult, run, say
+from pipelines.progress import say
+from pipelines.run import RunResult, run
 
 CONFIG = Path(__file__).parent / "configs" / "world.yaml"
 SHORT = {"autoencoder": 60, "flow": 20, "finetune": 60}

@@ -17,23 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines import world
-from pipelines.card import evidence
 from pipelines.cluster import progress_lines, ray_session
-from pipelines.evaluation import Quality, evaluate_model
-from pipelines.folders import difference, flat, read_inputs, run_lock
-from pipelines.pictures import draw_paths, draw_usage, follow, straightness
+from pipelines.evaluation import Quality
+from pipelines.folders import difference, read_inputs, run_lock
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
+from pipelines.progress import say
+from pipelines.publish import (
+    begin_tracking,
+    end_tracking,
+    measure,
+    record_start,
+    register,
+    rows_that_choose,
+    save_with_card,
+    send_unsent,
+)
 from pipelines.sources import files_of, find_dataset, locate
 from pipelines.state import STAGES, StageJob
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import train_stages
-from yan_core.card import model_card
-from yan_core.checkpoint import CheckpointError, from_pretrained, read_config
+from yan_core.checkpoint import CheckpointError, read_config
 from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict, to_dict
-from yan_core.files import atomic_folder, code_commit, write_file
+from yan_core.files import write_file
 from yan_core.tasks import get_task
 
 
@@ -56,11 +62,6 @@ class RunResult:
     tracking_uri: str
     run_id: str
     seconds: dict[str, float]
-
-
-def say(line: str) -> None:
-    """Show a line of progress."""
-    print(line, flush=True)
 
 
 # --- what a step was made from -------------------------------------------------------------------------------------
@@ -191,22 +192,6 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     return prepared
 
 
-def record_data(config: RunConfig, prepared: Prepared, tracker: Tracker) -> None:
-    """What was prepared, and what was left out and why, in MLflow."""
-    manifest = prepared.manifest
-    counts = {f"data/rows/{part}": rows for part, rows in manifest["rows"].items()}
-    counts |= {f"data/dropped/{reason}": rows for reason, rows in manifest["dropped"].items()}
-    counts |= {f"data/filtered/{split}": rows for split, rows in manifest.get("filtered", {}).items()}
-    counts |= {f"data/bad_rows/{split}": rows for split, rows in manifest["bad_rows"].items()}
-    counts |= {"data/tokens": manifest["tokens"], "data/unreadable_files": manifest["unreadable_files"]}
-    tracker.metrics(counts, step=0)
-    sums = "".join(file["sha256"] for file in manifest["files"].values())
-    for name in (config.data.dataset, *corpora_of(config.data)):
-        dataset = find_dataset(config.data, name)
-        source = dataset.path or (locate(config.data, dataset.train) if dataset.train else f"built-in {name}")
-        tracker.dataset(name, hashlib.sha256(sums.encode()).hexdigest()[:12], source, manifest["rows"])
-
-
 TRAINED = "trained.json"
 """In a run's folder: how long its training took in all, however often it was interrupted."""
 
@@ -252,42 +237,6 @@ def train_steps(
     return Path(model)
 
 
-def rows_that_choose(config: RunConfig) -> int:
-    """Validation rows that the weights are chosen by, which would flatter them: the evaluation leaves them out."""
-    return config.evaluation.rows_while_training if config.evaluation.keep == "best" else 0
-
-
-def evaluate_step(config: RunConfig, prepared: Prepared, model: Path, tracker: Tracker) -> list[Quality]:
-    """Measure the model at each number of steps and record figures, examples and a picture."""
-    how = config.evaluation
-    rows = prepared.validation(how.max_rows, rows_that_choose(config))
-    say(f"evaluate: {len(rows)} validation rows, own length")
-
-    def show(q: Quality) -> None:
-        kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
-        low, high = q.intervals[q.metric]
-        oracle = f" [{low:.3f}, {high:.3f}]  (told the length: {q.oracle_value:.4f})"
-        say(
-            f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{oracle}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)"
-        )
-
-    device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
-    quality = evaluate_model(model, rows, how, device, on_done=show)
-    for q in quality:
-        named = {f"eval/{name}": value for name, value in q.metrics.items()}
-        named["eval/latency_ms"] = q.latency_ms_batch_1
-        tracker.metrics(named | {f"eval/{q.metric}/{k}": v for k, v in q.by_kind.items()}, step=q.num_steps)
-    middle = quality[len(quality) // 2]
-    tracker.table([{**e, "num_steps": str(middle.num_steps)} for e in middle.examples], "examples.json")
-    tracker.quality_picture({q.num_steps: q.value for q in quality}, middle.metric, config.name)
-    if config.baseline is None:
-        journey = follow(model, rows[:64])
-        tracker.figure(draw_usage(journey), "experts_by_position.png")
-        tracker.figure(draw_paths(journey), "paths.png")
-        tracker.metrics({"eval/straightness": straightness(journey)}, step=0)
-    return quality
-
-
 def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResult:
     """Do everything from raw rows to a registered model; go on where an interrupted run stopped.
 
@@ -304,7 +253,8 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     seconds: dict[str, float] = {}
     config = with_architecture_of_start(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
-    check_tracking(config)
+    if fresh or _known_run(folder, final) is None:
+        check_tracking(config)  # a run that is known to MLflow goes on without it
     with run_lock(folder, fresh), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         started = time.perf_counter()
         prepared = prepare_step(config, folder)
@@ -316,33 +266,35 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
                 f"and there are {rows}: none would be left to evaluate; lower that number or add rows"
             )
 
-        state = read_inputs(folder / "run.json") or {}
         # Another config is another MLflow run: its parameters are written once.
-        tracker = Tracker.start(config, state.get("run_id") if state.get("final") == final else None)
-        say(f"MLflow run: {tracker.run_id} at {tracker.uri}")
+        tracker = begin_tracking(config, _known_run(folder, final))
         state = {"run_id": tracker.run_id, "final": final, "finished": False}
         write_file(folder / "run.json", json.dumps(state))
-        resolved = json.dumps(to_dict(config), indent=2)
-        write_file(folder / "config.json", resolved)
-        tracker.text(resolved, "config.json")
-        tracker.params(flat(to_dict(config)))
-        tracker.tag("commit", code_commit())
-        record_data(config, prepared, tracker)
-        monitor = tracker.system_metrics()
+        write_file(folder / "config.json", json.dumps(to_dict(config), indent=2))
+        monitor = record_start(config, prepared, tracker)
         try:
             last = train_steps(config, folder, prepared, tracker, seconds)
+            send_unsent(tracker, folder)
+            model, quality, registered = last, list[Quality](), ""
             if publish:
-                result = _publish(config, folder, prepared, last, tracker, final, seconds)
-            else:
-                result = RunResult(last, [], "", tracker.uri, tracker.run_id, seconds)
+                started = time.perf_counter()
+                model, quality, registered = _publish(config, folder, prepared, last, tracker, final)
+                seconds["evaluate"] = time.perf_counter() - started
+            write_file(folder / "run.json", json.dumps({**state, "finished": publish}))
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            end_tracking(tracker, "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
             raise
         finally:
-            monitor.finish()
-        write_file(folder / "run.json", json.dumps({**state, "finished": publish}))
-        tracker.finish("FINISHED")
-    return result
+            if monitor is not None:
+                monitor.finish()
+        end_tracking(tracker, "FINISHED")
+    return RunResult(model, quality, registered, tracker.uri, tracker.run_id, seconds)
+
+
+def _known_run(folder: Path, final: str) -> str | None:
+    """The MLflow run of an earlier call with the same config."""
+    state = read_inputs(folder / "run.json") or {}
+    return state.get("run_id") if state.get("final") == final else None
 
 
 def _final_inputs(config: RunConfig) -> dict[str, Any]:
@@ -354,35 +306,27 @@ def _final_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def _publish(
-    config: RunConfig,
-    folder: Path,
-    prepared: Prepared,
-    last: Path,
-    tracker: Tracker,
-    final: str,
-    seconds: dict[str, float],
-) -> RunResult:
-    """Evaluate the last stage's model, put it at runs/<name>/model and register it, unless that was done."""
+    config: RunConfig, folder: Path, prepared: Prepared, last: Path, tracker: Tracker, final: str
+) -> tuple[Path, list[Quality], str]:
+    """Evaluate the last stage's model, put it at runs/<name>/model and register it, each unless that was done.
+
+    Returns:
+        The model's folder, its figures, and its name in the registry.
+    """
     model, recorded = folder / "model", folder / "model.inputs.json"
     done = read_inputs(recorded)
-    started = time.perf_counter()
-    if done is not None and done["final"] == final and _model_is_whole(model):
-        say("evaluate, register: done before, inputs unchanged")
-        quality, registered = [Quality(**q) for q in done["quality"]], done["registered"]
-    else:
+    if done is None or done["final"] != final or not _model_is_whole(model):
         recorded.unlink(missing_ok=True)
-        quality = evaluate_step(config, prepared, last, tracker)
-        with atomic_folder(model) as scratch:
-            shutil.copytree(last, scratch, dirs_exist_ok=True)
-            weights, tokenizer, _ = from_pretrained(scratch)
-            known = evidence(config, prepared.manifest, quality)
-            card = model_card(config.name, read_config(scratch), tokenizer, weights.num_parameters(), known)
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        name = config.tracking.model_name or f"yan-{config.name}"
-        version = tracker.register(model, name, config.tracking.alias)
-        registered = f"models:/{name}@{config.tracking.alias}"
-        say(f"register: {registered} is version {version}")
-        values = {"final": final, "registered": registered, "quality": [vars(q) for q in quality]}
-        write_file(recorded, json.dumps(values, indent=2))
-        seconds["evaluate"] = time.perf_counter() - started
-    return RunResult(model, quality, registered, tracker.uri, tracker.run_id, seconds)
+        quality = measure(config, prepared, last)
+        save_with_card(config, prepared, last, model, quality)
+        done = {"final": final, "registered": "", "quality": [vars(q) for q in quality]}
+        write_file(recorded, json.dumps(done, indent=2))
+    elif done["registered"]:
+        say("evaluate, register: done before, inputs unchanged")
+    else:
+        say("evaluate: done before, inputs unchanged")
+    quality = [Quality(**q) for q in done["quality"]]
+    if not done["registered"]:
+        done["registered"] = register(config, prepared, model, quality, tracker)
+        write_file(recorded, json.dumps(done, indent=2))
+    return model, quality, done["registered"]

@@ -8,11 +8,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import mlflow
@@ -67,8 +67,47 @@ STORE_ERRORS = (mlflow.MlflowException, SQLAlchemyError, OSError)
 """What a store that does not answer raises."""
 
 
+REFUSALS = (
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+)
+"""MLflow's codes of what it will not do however often it is asked."""
+
+T = TypeVar("T")
+
+
 class TrackingError(ValueError):
     """The tracking store cannot be used."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a store answers, and will not do what it was asked."""
+    return isinstance(error, mlflow.MlflowException) and error.error_code in REFUSALS
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a store's error."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def patiently(do: Callable[[], T], for_s: float = 30.0, pause_s: float = 3.0) -> T:
+    """Ask a store, again for a while where it does not answer.
+
+    Raises:
+        MlflowException, SQLAlchemyError, OSError: What it raised last, or refused with.
+    """
+    deadline = time.monotonic() + for_s
+    while True:
+        try:
+            return do()
+        except STORE_ERRORS as error:
+            if is_refusal(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(pause_s)
 
 
 def check_tracking(config: RunConfig) -> None:
@@ -82,10 +121,9 @@ def check_tracking(config: RunConfig) -> None:
         with _first_use(uri):
             _client(uri).search_experiments(max_results=1)
     except (*STORE_ERRORS, ImportError) as error:  # ImportError: no database driver
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrackingError(
-            f"MLflow at {uri} does not answer ({reason}): set --tracking.uri or MLFLOW_TRACKING_URI to a server that "
-            "is up or to sqlite:///some/file.db"
+            f"MLflow at {uri} does not answer ({reason_of(error)}): set --tracking.uri or MLFLOW_TRACKING_URI to a "
+            "server that is up or to sqlite:///some/file.db"
         ) from error
 
 
@@ -129,8 +167,7 @@ def latest_runs(uri: str, count: int) -> list[RunSummary]:
         names = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
         runs = client.search_runs(list(names), max_results=count, order_by=["attributes.start_time DESC"])
     except (*STORE_ERRORS, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise TrackingError(f"MLflow at {uri} does not answer ({reason})") from error
+        raise TrackingError(f"MLflow at {uri} does not answer ({reason_of(error)})") from error
     return [
         RunSummary(
             run.info.run_name or "-",
@@ -153,14 +190,20 @@ class Tracker:
 
     @classmethod
     def start(cls, config: RunConfig, run_id: str | None) -> Tracker:
-        """Continue the run of that id, or begin a new one."""
+        """Continue the run of that id, or begin a new one.
+
+        Raises:
+            MlflowException, SQLAlchemyError, OSError: If the store does not answer.
+        """
         uri = tracking_uri(config)
         client = _client(uri)
         if run_id is not None:
             try:
                 client.update_run(run_id, status="RUNNING")
                 return cls(uri, run_id)
-            except mlflow.MlflowException:
+            except mlflow.MlflowException as error:
+                if not is_refusal(error):
+                    raise
                 logging.getLogger(__name__).warning("MLflow run %s is gone from %s: a new one begins", run_id, uri)
         name = config.tracking.experiment
         experiment = client.get_experiment_by_name(name)

@@ -26,6 +26,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipelines.checkpoints import Checkpoints
+from pipelines.metrics_buffer import UNSENT
 from pipelines.prepare import Prepared
 from pipelines.sources import DataError
 from pipelines.state import StageJob
@@ -80,7 +81,7 @@ def train_stages(
     loop_config = {
         "stream": stream,
         "failure": str(failure),
-        "unsent": str(storage.resolve().parent / "unsent_metrics.jsonl"),
+        "unsent": str(storage.resolve().parent / UNSENT),
         "code": (code_fingerprint(), code_description()),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,

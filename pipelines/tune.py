@@ -21,7 +21,8 @@ from pipelines.evaluation import answer_rows, score_rows
 from pipelines.folders import run_lock
 from pipelines.plain import device_of, train_plainly
 from pipelines.prepare import Prepared, open_prepared
-from pipelines.run import prepare_step, say
+from pipelines.progress import say
+from pipelines.run import prepare_step
 from pipelines.state import STAGES, model_details
 from pipelines.tracking import Tracker, check_tracking
 from yan_core.config import RunConfig, from_dict, to_dict, unknown_name

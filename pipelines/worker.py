@@ -168,7 +168,7 @@ def train_loop(job: dict[str, Any]) -> None:
     finally:
         if tracker is not None and (left := tracker.close()) and board is not None:
             board.add.remote(
-                f"  training    MLflow does not answer: {left} values wait in {job['unsent']} for the next run"
+                f"  training    MLflow does not answer: {left} values wait in {job['unsent']} until it does"
             )
 
 

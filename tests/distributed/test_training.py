@@ -1,5 +1,6 @@
 """Ray Train for real: two gloo workers, one of them killed, an interrupted driver, a step that need not be redone."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import yaml
 
 import yan_core
+from tests.clusters.conftest import free_port
 from yan_core.config import to_dict
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray]
@@ -155,3 +158,61 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_message(tiny_config):
     text = log.read_text()
     assert "training failed" in text and "stage autoencoder, step " in text and "gradient is not finite" in text
     assert "Traceback" not in text and text.count("workers start") == 1 and "worker 0 failed" not in text
+
+
+@pytest.mark.soak
+def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path):
+    """It goes in the first stage; the driver is interrupted and goes on without it, and tells all when it is back."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+
+    def serve() -> subprocess.Popen:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+        command += [
+            "--backend-store-uri",
+            f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination",
+            str(tmp_path / "a"),
+        ]
+        with (tmp_path / "server.log").open("a") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
+                return server
+            time.sleep(0.2)
+        raise AssertionError((tmp_path / "server.log").read_text())
+
+    settings = ("--tracking.uri", address, "--log_every_s", "0", "--scaling.checkpoint_every_s", "1")
+    server = serve()
+    try:
+        process, log = start(tiny_config, *settings)
+        wait_for(r"autoencoder +\d+/", log, process)
+        os.killpg(server.pid, signal.SIGKILL)
+        wait_for(r"flow +\d\d/", log, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130, log.read_text()
+
+        process, log = start(tiny_config, *settings)
+        assert process.wait(300) == 1, log.read_text()
+        text = log.read_text()
+        assert "the run goes on, and it is told later" in text and "training: done" in text
+        assert "does not take the result" in text and "Traceback" not in text
+        model = Path(tiny_config.runs_dir) / "tiny" / "model"
+        assert yan_core.load(model).generate(["Mary went to the kitchen. Where is Mary?"])
+
+        server = serve()
+        process, log = start(tiny_config, *settings)
+        assert process.wait(240) == 0, log.read_text()
+        text = log.read_text()
+        assert (
+            "evaluate: done before, inputs unchanged" in text
+            and "register: models:/yan-tiny@champion is version 1" in text
+        )
+        client = mlflow.MlflowClient(address)
+        (run,) = client.search_runs([client.get_experiment_by_name("yan").experiment_id])
+        assert run.info.status == "FINISHED" and "eval/exact_match" in run.data.metrics
+        for stage in ("autoencoder", "flow", "finetune"):
+            steps = {m.step for m in client.get_metric_history(run.info.run_id, f"{stage}/train/loss")}
+            assert steps == set(range(1, getattr(tiny_config.stages, stage).max_steps + 1))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
-from pipelines.metrics_buffer import MetricsBuffer
-from pipelines.tracking import Tracker, mlflow_at
+from pipelines.metrics_buffer import UNSENT, MetricsBuffer
+from pipelines.publish import begin_tracking, end_tracking, send_unsent
+from pipelines.tracking import Tracker, TrackingError, mlflow_at, patiently
+from yan_core.config import RunConfig, TrackingConfig
 
 
 class Server:
@@ -26,7 +29,12 @@ class Server:
         assert self.may_answer.wait(60)
         if not self.up:
             raise mlflow.MlflowException("no answer")
+        if any(not m.key.isascii() for m in metrics):
+            raise mlflow.MlflowException("Invalid metric name", INVALID_PARAMETER_VALUE)
         self.values += [(m.key, m.value, m.step) for m in metrics]
+
+    def log_table(self, run_id: str, columns: dict[str, list[str]], file: str) -> None:
+        raise mlflow.MlflowException(f"Invalid path {file}", INVALID_PARAMETER_VALUE)
 
 
 def buffer_to(server: Server, tmp_path: Path, retry_s: float = 0.05) -> MetricsBuffer:
@@ -77,6 +85,18 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path):
     buffer.metrics({"a": 3.0}, 2)
     assert buffer.close() == 0
     assert server.values == [("a", 1.0, 1), ("b", 2.0, 1), ("a", 3.0, 2)]
+
+
+def test_a_value_that_the_server_refuses_holds_up_no_other(tmp_path):
+    server = Server()
+    buffer = buffer_to(server, tmp_path, retry_s=60)
+    server.may_answer.clear()
+    buffer.metrics({"a": 1.0, "\N{SNOWMAN}": 2.0, "b": 3.0}, 1)
+    buffer.table([{"text": "x"}], "../outside.json")
+    buffer.metrics({"a": 4.0}, 2)
+    server.may_answer.set()
+    assert buffer.close() == 0
+    assert server.values == [("a", 1.0, 1), ("b", 3.0, 1), ("a", 4.0, 2)]
 
 
 def test_a_server_that_is_not_there_at_first_gets_all_in_the_end(tmp_path):
@@ -144,3 +164,62 @@ def test_runs_that_begin_at_once_make_one_store(tmp_path):
         process.stdin.flush()
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
+
+
+AWAY = "http://127.0.0.1:9"  # the port that discards: nobody listens
+
+
+def test_a_run_that_mlflow_knows_goes_on_without_it_and_a_new_one_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = RunConfig(runs_dir=str(tmp_path), tracking=TrackingConfig(uri=AWAY))
+    tracker = begin_tracking(config, "abc")
+    assert (tracker.uri, tracker.run_id) == (AWAY, "abc")
+    end_tracking(tracker, "FINISHED")
+    shown = capsys.readouterr().out
+    assert f"MLflow at {AWAY} does not answer" in shown and "there the run is not marked FINISHED" in shown
+    with pytest.raises(TrackingError, match=f"MLflow at {AWAY} does not answer"):
+        begin_tracking(config, None)
+
+
+def test_what_an_earlier_training_could_not_send_is_sent_though_none_follows(tmp_path):
+    server = Server()
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "run")
+    tracker.client = server  # type: ignore[assignment]
+    send_unsent(tracker, tmp_path)
+    (tmp_path / UNSENT).write_text('["left", 1.0, 5, 1]\n')
+    send_unsent(tracker, tmp_path)
+    assert server.values == [("left", 1.0, 1)] and not (tmp_path / UNSENT).exists()
+
+
+def test_a_run_that_is_gone_from_mlflow_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = RunConfig(runs_dir=str(tmp_path))
+    tracker = begin_tracking(config, "0" * 32)
+    assert tracker.run_id != "0" * 32
+    assert begin_tracking(config, tracker.run_id).run_id == tracker.run_id
+
+
+@pytest.mark.parametrize("error", [OSError("refused"), mlflow.MlflowException("no answer")])
+def test_a_store_that_is_away_is_asked_again_until_it_answers(error):
+    failures = [error, error]
+
+    def do():
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert patiently(do, for_s=60, pause_s=0) == "done" and not failures
+
+
+def test_a_store_that_refuses_is_asked_once():
+    asked = []
+
+    def do():
+        asked.append(1)
+        raise mlflow.MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+
+    with pytest.raises(mlflow.MlflowException, match="no such run"):
+        patiently(do, for_s=60, pause_s=0)
+    assert len(asked) == 1
+    with pytest.raises(OSError):
+        patiently(lambda: os.stat("/nowhere"), for_s=0, pause_s=0)
