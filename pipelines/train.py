@@ -113,7 +113,7 @@ def train_stages(
         raise TrainingFailed(f"training failed: {failure.read_text(encoding='utf-8')}")
     if not all(Path(job.record).is_file() for job in stages):
         raise SystemExit(143)  # as after any SIGTERM; nothing else lets the workers leave early
-    Checkpoints(place).delete()
+    Checkpoints(checkpoints).delete()
 
 
 def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Result:

@@ -219,7 +219,10 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
             found = None
         reporter = Reporter(state, board, tracker)
         if state.step:
-            reporter.say(f"goes on from its checkpoint at step {state.step}")
+            elastic = config.scaling.min_workers < config.scaling.max_workers
+            reporter.say(
+                f"goes on from its checkpoint at step {state.step}{f' on {workers} workers' if elastic else ''}"
+            )
         validation = None
         if job.stage == "finetune" and config.evaluation.every_steps:
             rows = prepared.validation(config.evaluation.rows_while_training)

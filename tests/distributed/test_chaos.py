@@ -147,8 +147,10 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
             kills[what] += 1
             if what == "worker":
                 victims = workers()
-                if victims:
-                    rng.choice(victims).kill()
+                while not victims:  # between two stages, or two groups of workers
+                    time.sleep(0.1)
+                    victims = workers()
+                rng.choice(victims).kill()
             elif what == "raylet":
                 cluster.remove_node(other, allow_graceful=False)
                 other = cluster.add_node(**NODE)
@@ -170,3 +172,41 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
     assert worst < 1e-6 and repeated
     # What was done again after a kill gave the very same numbers.
     assert max(max(values) - min(values) for values in found.values()) < 1e-6
+
+
+def test_workers_come_and_go_with_the_nodes(tiny_settings, tmp_path):
+    """Three nodes with room for a worker each, of which one leaves and comes back; three do not divide the lanes."""
+    one = settings(tiny_settings, tmp_path, "one", 1)
+    long = dataclasses.replace(one.stages, finetune=dataclasses.replace(one.stages.finetune, max_steps=2500))
+    one = dataclasses.replace(one, stages=long)
+    scaling = dataclasses.replace(one.scaling, num_workers=(1, 3), cpus_per_worker=2.0)
+    some = dataclasses.replace(one, name="some", scaling=scaling)
+    process, log = start(one, None)
+    assert process.wait(600) == 0, log.read_text()
+
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)  # three CPUs: one is left for reading
+    try:
+        other, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
+        cluster.wait_for_nodes()
+        process, log = start(some, cluster.address)
+
+        def wait_for(pattern: str, timeout_s: float = 300) -> None:
+            deadline = time.monotonic() + timeout_s
+            while not re.search(pattern, log.read_text()):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+
+        wait_for(r"\n  finetune +[1-9]\d\d/")
+        cluster.remove_node(other, allow_graceful=False)
+        wait_for(r"goes on from its checkpoint at step \d+ on 2 workers")
+        cluster.add_node(**NODE)
+        wait_for(r"on 2 workers[\s\S]*goes on from its checkpoint at step \d+ on 3 workers")
+        assert process.wait(900) == 0, log.read_text()
+    finally:
+        process.kill()
+        cluster.shutdown()
+    expected, found = losses_of(one), losses_of(some)
+    assert sorted(found) == sorted(expected)
+    worst = max(abs(value / expected[key][0] - 1) for key, values in found.items() for value in values)
+    print(f"largest difference {worst:.2g}; {re.findall('goes on.*', log.read_text())}")
+    assert worst < 1e-3  # another batch is another loss

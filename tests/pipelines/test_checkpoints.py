@@ -91,7 +91,8 @@ def test_the_seal_lists_every_file(checkpoints, tmp_path):
     assert seal["position"] == vars(at(0))
 
 
-def test_deleted(checkpoints, tmp_path):
-    checkpoints.delete()
-    assert not (tmp_path / "c").exists()
-    checkpoints.delete()
+def test_deleted_without_what_is_beside_them(checkpoints, tmp_path):
+    (tmp_path / "notes").write_text("of someone else")
+    for _ in range(2):
+        checkpoints.delete()
+        assert [f.name for f in tmp_path.iterdir()] == ["notes"]
