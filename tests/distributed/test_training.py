@@ -19,7 +19,7 @@ import yaml
 
 import yan_core
 from tests.clusters.conftest import free_port
-from yan_core.config import to_dict
+from yan_core.config import RunConfig, from_dict, to_dict
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray]
 
@@ -160,6 +160,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_message(tiny_config):
     assert "Traceback" not in text and text.count("workers start") == 1 and "worker 0 failed" not in text
 
 
+def test_a_sharded_training_goes_on_after_a_kill_and_keeps_two_checkpoints(tiny_config):
+    settings = ("--scaling.strategy", "fsdp", "--scaling.accumulation", "2", "--scaling.recompute", "true")
+    settings += ("--scaling.checkpoint_every_s", "0.2", "--stages.finetune.max_steps", "60", "--log_every_s", "0")
+    process, log = start(tiny_config, *settings)
+    wait_for(r"finetune +[3-5]\d/60", log, process)
+    kept = list((Path(tiny_config.runs_dir) / "tiny" / "checkpoints" / "training").glob("checkpoint_*"))
+    assert 1 <= len(kept) <= 3  # one may be on its way out
+    os.kill(workers_of(process)[0].pid, signal.SIGKILL)
+    assert process.wait(300) == 0, log.read_text()
+    assert re.search(r"finetune +goes on from its checkpoint at step [1-9]", log.read_text())
+    (run,) = mlflow_runs(tiny_config)
+    client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
+    for metric in ("loss", "grad_norm"):
+        again: dict[int, list[float]] = {}
+        for value in client.get_metric_history(run.info.run_id, f"finetune/train/{metric}"):
+            again.setdefault(value.step, []).append(value.value)
+        assert sorted(again) == list(range(1, 61))
+        assert all(max(values) - min(values) <= 1e-6 * max(1, max(values)) for values in again.values())
+
+
+def losses_of(config) -> dict[tuple[str, int], list[float]]:
+    """Every loss that was recorded at a step, of the one run there is."""
+    client = mlflow.MlflowClient(f"sqlite:///{Path(config.runs_dir).resolve()}/mlflow.db")
+    (run,) = mlflow_runs(config)
+    found: dict[tuple[str, int], list[float]] = {}
+    for stage in ("autoencoder", "flow", "finetune"):
+        for metric in client.get_metric_history(run.info.run_id, f"{stage}/train/loss"):
+            found.setdefault((stage, metric.step), []).append(metric.value)
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [(), ("--scaling.compile", "true")])
+def test_one_worker_that_is_killed_twice_has_the_losses_of_one_that_is_not(tiny_settings, tmp_path, how):
+    settings = ("--scaling.num_workers", "1", "--scaling.checkpoint_every_s", "0.5", "--log_every_s", "0", *how)
+    settings += ("--stages.finetune.max_steps", "200")
+    found = []
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+        config = from_dict(RunConfig, {**tiny_settings, "runs_dir": str(tmp_path / name)})
+        process, log = start(config, *settings)
+        for least in ("[5-9]", "1[0-9]") if name == "killed" else ():
+            wait_for(rf"finetune +{least}\d/200", log, process, timeout_s=600)
+            os.kill(workers_of(process)[0].pid, signal.SIGKILL)
+        assert process.wait(600) == 0, log.read_text()
+        found.append(losses_of(config))
+    calm, killed = found
+    assert sorted(calm) == sorted(killed)
+    assert any(len(values) > 1 for values in killed.values())
+    assert max(abs(value - calm[key][0]) for key, values in killed.items() for value in values) < 1e-6
+
+
 @pytest.mark.soak
 def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path):
     """It goes in the first stage; the driver is interrupted and goes on without it, and tells all when it is back."""
@@ -183,12 +235,13 @@ def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path
         raise AssertionError((tmp_path / "server.log").read_text())
 
     settings = ("--tracking.uri", address, "--log_every_s", "0", "--scaling.checkpoint_every_s", "1")
+    settings += ("--stages.finetune.max_steps", "120")
     server = serve()
     try:
         process, log = start(tiny_config, *settings)
         wait_for(r"autoencoder +\d+/", log, process)
         os.killpg(server.pid, signal.SIGKILL)
-        wait_for(r"flow +\d\d/", log, process)
+        wait_for(r"finetune +[2-9]\d/", log, process)
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130, log.read_text()
 
@@ -211,8 +264,8 @@ def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path
         client = mlflow.MlflowClient(address)
         (run,) = client.search_runs([client.get_experiment_by_name("yan").experiment_id])
         assert run.info.status == "FINISHED" and "eval/exact_match" in run.data.metrics
-        for stage in ("autoencoder", "flow", "finetune"):
+        for stage, last in {"autoencoder": 12, "flow": 6, "finetune": 120}.items():
             steps = {m.step for m in client.get_metric_history(run.info.run_id, f"{stage}/train/loss")}
-            assert steps == set(range(1, getattr(tiny_config.stages, stage).max_steps + 1))
+            assert steps == set(range(1, last + 1))
     finally:
         os.killpg(server.pid, signal.SIGKILL)
