@@ -1,6 +1,7 @@
 """Which texts of a corpus are there already: equal ones by a hash, similar ones by MinHash and its bands.
 
-Texts of all data sets of the corpus are compared; of each group of duplicates the first one stays. Signatures are
+Texts of all data sets of the corpus are compared, in their normal form; of each group of duplicates the first one
+stays. Of the task's training rows, those with the same source and target are. Signatures are
 written piece by piece, and compared band by band: no task and no process holds all of them.
 Source: Broder 1997, "On the resemblance and containment of documents"; Lee et al. 2022, arXiv:2107.06499.
 """
@@ -11,12 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipelines.encode import Encode, document_key
+from pipelines.encode import Encode, clean, document_key, task_fields
 from pipelines.sources import UnreadableFile
-from yan_core.config import CleanConfig
 from yan_core.files import atomic_folder
 
 PERMUTATIONS = 128
@@ -68,31 +69,37 @@ class Sign:
         path, config = self.path(number), self.encode.data.clean
         if path.is_dir():
             return
-        column = self.encode.source.dataset.columns.get("text", self.encode.data.corpus_column)
+        near = config.duplicates == "near" and self.encode.task is None
         rows, keys = [], []
         try:
             for batch in self.encode.source.rows(self.encode.source.pieces[number]):
-                texts = [
-                    (n, r[column]) for n, r in zip(batch.numbers, batch.rows, strict=True) if _is_text(r.get(column))
-                ]
+                read = ((n, self._text(row)) for n, row in zip(batch.numbers, batch.rows, strict=True))
+                texts = {n: text for n, text in read if text}
                 if texts:
-                    rows += [n for n, _ in texts]
-                    keys.append(signatures([t for _, t in texts], config))
+                    rows += list(texts)
+                    keys.append(signatures(list(texts.values()), config.near_threshold if near else None))
         except UnreadableFile:
             pass  # the encoding sets the file aside, with the reason
         with atomic_folder(path) as folder:
             np.save(folder / "rows.npy", np.array(rows, np.int64))
             np.save(folder / "keys.npy", np.concatenate(keys) if keys else np.zeros((0, 1), np.uint64))
 
+    def _text(self, row: dict[str, Any]) -> str:
+        """What a row is compared by; empty where it is unusable, which its encoding tells."""
+        encode = self.encode
+        if encode.task is None:
+            text = row.get(encode.source.dataset.columns.get("text", encode.data.corpus_column))
+            return clean(text, encode.data.clean).strip() if isinstance(text, str) else ""
+        try:
+            return "\0".join(encode.task.pair(task_fields(row, encode.source, encode.task, encode.data.clean)))
+        except ValueError:
+            return ""
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
-
-def signatures(texts: Sequence[str], config: CleanConfig) -> np.ndarray:
+def signatures(texts: Sequence[str], near_threshold: float | None) -> np.ndarray:
     """Keys of texts, uint64, [texts, 1 + bands]: that of the whole text, and those of its bands where asked."""
     exact = np.array([[document_key(t)] for t in texts], np.uint64)
-    return exact if config.duplicates == "exact" else np.hstack([exact, band_keys(texts, config.near_threshold)])
+    return exact if near_threshold is None else np.hstack([exact, band_keys(texts, near_threshold)])
 
 
 def pairs_of(paths: Sequence[Path], column: int) -> np.ndarray:

@@ -109,6 +109,19 @@ def clean(text: str, config: CleanConfig) -> str:
     return text.strip()
 
 
+def task_fields(row: dict[str, Any], source: Source, task: Task, config: CleanConfig) -> dict[str, Any]:
+    """A row under its template fields, its texts in their normal form."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(entry) for entry in value]
+        return clean(value, config) if isinstance(value, str) else value
+
+    fields = fields_of(row, source.dataset.columns)
+    used = {name for name in (*task.fields, *task.source_fields, task.references) if name in fields}
+    return {**fields, **{name: cleaned(fields[name]) for name in used}}
+
+
 class ShardWriter:
     """Writes rows of one part of a piece to shards of at most `rows_per_shard` rows."""
 
@@ -229,7 +242,7 @@ class Encode:
                 if self.task is None:
                     bad += self._windows(batch, duplicates, record, writer)
                 else:
-                    bad += self._pairs(batch, record, writer)
+                    bad += self._pairs(batch, duplicates, record, writer)
                 if bad:
                     record.bad += len(bad)
                     record.first_bad = record.first_bad or {"file": piece.where, **bad[0]}
@@ -289,18 +302,20 @@ class Encode:
         dataset = self.source.dataset
         if not dataset.held_out and not len(self.kept_out):
             return ""
-        key = _document_of(row, self.source, lambda: text)
+        key = _document_of(row, self.source, text)
         if dataset.held_out and split_of(key, dataset.held_out) != "train":
             return "held out"
         place = int(np.searchsorted(self.kept_out, np.uint64(key)))
         return "in validation" if place < len(self.kept_out) and int(self.kept_out[place]) == key else ""
 
-    def _pairs(self, batch: Rows, record: Record, writer: Callable[[str, str], ShardWriter]) -> list[dict[str, Any]]:
+    def _pairs(
+        self, batch: Rows, duplicates: set[int], record: Record, writer: Callable[[str, str], ShardWriter]
+    ) -> list[dict[str, Any]]:
         """Rows -> the task's pairs; gives the unusable ones."""
         assert self.task is not None
         bad, good = [], []
         for number, row in zip(batch.numbers, batch.rows, strict=True):
-            fields = fields_of(row, self.source.dataset.columns)
+            fields = task_fields(row, self.source, self.task, self.data.clean)
             try:
                 good.append((number, row, fields, *self.task.pair(fields)))
             except ValueError as error:
@@ -308,7 +323,9 @@ class Encode:
         if self.split == "train":
             kept = []
             for entry in good:
-                reason = self._of_other_split(entry[1], entry[3])
+                number, row, fields = entry[:3]
+                duplicate = "duplicate" if number in duplicates else ""
+                reason = duplicate or self._of_other_split(row, fields[self.task.document])
                 if reason:
                     record.dropped[reason] += 1
                 else:
@@ -316,19 +333,19 @@ class Encode:
             return bad + self._write_pairs(kept, record, writer)
         texts: dict[str, list[dict[str, Any]]] = {}
         for _, row, fields, source, target in good:
-            part = self._held_out_part(row, source)
+            part = self._held_out_part(row, fields[self.task.document])
             if part:
                 texts.setdefault(part, []).append(_as_text(fields, source, target, self.task))
         for part, rows in texts.items():
             writer(part, "text").add(pa.Table.from_pylist(rows, SCHEMAS["text"]))
         return bad
 
-    def _held_out_part(self, row: dict[str, Any], source: str) -> str:
+    def _held_out_part(self, row: dict[str, Any], document: str) -> str:
         """The part that a row which is not trained on belongs to; empty: none."""
         dataset = self.source.dataset
         if not dataset.held_out:
             return self.split
-        part = split_of(_document_of(row, self.source, lambda: source), dataset.held_out)
+        part = split_of(_document_of(row, self.source, document), dataset.held_out)
         return "" if part == "train" else part
 
     def _write_pairs(
@@ -379,11 +396,11 @@ def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
     return _as_text(fields, *task.pair(fields), task)
 
 
-def _document_of(row: dict[str, Any], source: Source, text: Callable[[], str]) -> int:
-    """Key of the document that a row belongs to; `text` gives the row's own."""
+def _document_of(row: dict[str, Any], source: Source, text: str) -> int:
+    """Key of the document that a row belongs to; `text` where no column names it."""
     column = source.dataset.document
     named = value_at(row, column) if column else None
-    return document_key(text() if named is None else str(named))
+    return document_key(text if named is None else str(named))
 
 
 def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
@@ -394,21 +411,31 @@ def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
             out.write(json.dumps({"file": piece.where, **entry}, default=str, ensure_ascii=False) + "\n")
 
 
-def keys_of(source: Source, task: Task) -> tuple[set[int], set[int]]:
-    """Keys of a split's documents, and of all texts in the fields of its rows; an unreadable file's are left out."""
+def keys_of(source: Source, task: Task, config: CleanConfig, held_out: float) -> tuple[set[int], set[int]]:
+    """Keys of documents that are not trained on, and of all texts in the fields of their rows.
+
+    Args:
+        source: The rows; an unreadable file's are left out.
+        task: Their template.
+        config: Of the texts' normal form.
+        held_out: Share of the rows' documents that is held out; 0: all of them are.
+    """
     documents: set[int] = set()
     texts: set[int] = set()
     for piece in source.pieces:
         try:
             for batch in source.rows(piece):
                 for row in batch.rows:
-                    fields = fields_of(row, source.dataset.columns)
-                    texts |= {document_key(text) for text in fields.values() if isinstance(text, str) and text}
+                    fields = task_fields(row, source, task, config)
                     try:
-                        text, _ = task.pair(fields)
+                        task.pair(fields)
+                        key: int | None = _document_of(row, source, fields[task.document])
                     except ValueError:  # an unusable row, which is set aside when it is encoded
+                        key = None
+                    if held_out and (key is None or split_of(key, held_out) == "train"):
                         continue
-                    documents.add(_document_of(row, source, lambda text=text: text))
+                    documents |= set() if key is None else {key}
+                    texts |= {document_key(text) for text in fields.values() if isinstance(text, str) and text}
         except UnreadableFile:
             continue
     return documents, texts

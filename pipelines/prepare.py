@@ -30,14 +30,13 @@ import ray.data
 import ray.exceptions
 
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
-from pipelines.encode import SCHEMAS, Encode, Record, clean, keys_of, text_row
+from pipelines.encode import SCHEMAS, Encode, Record, clean, keys_of, task_fields, text_row
 from pipelines.order import Shard
 from pipelines.sources import (
     ENDINGS,
     DataError,
     Source,
     UnreadableFile,
-    fields_of,
     find_dataset,
     format_of,
     open_files,
@@ -143,6 +142,7 @@ def do_pieces(
     threads: int,
     say: Callable[[str], None],
     every_s: float,
+    watch: Callable[[int, Any], None] = lambda job, said: None,
 ) -> list[list[Any]]:
     """Run jobs over their pieces on the cluster, with a line now and then.
 
@@ -152,6 +152,7 @@ def do_pieces(
         threads: CPUs that a task takes.
         say: Takes the lines.
         every_s: Seconds between them.
+        watch: Told what a job said of a piece as it comes; what it raises ends the work.
 
     Returns:
         What each job said of its pieces, in any order.
@@ -166,6 +167,7 @@ def do_pieces(
     started = said_at = time.perf_counter()
     for done, row in enumerate(stream.iter_rows(), start=1):
         found[row["job"]].append(json.loads(row["said"]))
+        watch(row["job"], found[row["job"]][-1])
         now = time.perf_counter()
         if now - said_at >= every_s and done < len(asked):
             said_at = now
@@ -181,13 +183,11 @@ def do_pieces(
 
 
 def _check_fields(source: Source, task: Task) -> None:
-    def has(field: str) -> bool:
-        column = source.dataset.columns.get(field, field)
-        return not source.columns or column in source.columns or column.split(".")[0] in source.columns
-
+    columns = source.dataset.columns
     for field in task.fields:
-        column = source.dataset.columns.get(field, field)
-        if not has(field) and not (field == task.target and task.references and has(task.references)):
+        column = columns.get(field, field)
+        answers = columns.get(task.references, task.references) if field == task.target else ""
+        if not source.has(column) and not (answers and source.has(answers)):
             raise DataError(
                 f"data set {source.name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
                 f"it has {', '.join(source.columns)}. Map it: data.datasets.{source.name}.columns.{field}=<column>"
@@ -219,24 +219,53 @@ def _check_counts(
         raise DataError(f"data set {name!r} gave no {split} row: it is empty, or its filter `where` matches none")
 
 
-def _check_records(job: Encode, records: Sequence[Record], part: str) -> None:
+PART_OF = {"train": "finetune", "validation": "validation", "corpus": "flow"}
+"""Split of a job -> the part that its usable rows go to, the held-out ones apart."""
+
+
+def _check_records(job: Encode, records: Sequence[Record], so_far: bool = False) -> None:
     """Stop where more rows or files than allowed are unusable."""
-    allowed, name = job.data.bad_rows_allowed, job.source.name
-    unreadable = [r.unreadable for r in records if r.unreadable]
-    if len(unreadable) > allowed * len(records):
-        remedy = ", or let such files be set aside with --data.bad_rows_allowed" if len(records) > 1 else ""
+    allowed, name, part = job.data.bad_rows_allowed, job.source.name, PART_OF[job.split]
+    unreadable, pieces = [r.unreadable for r in records if r.unreadable], len(job.source.pieces)
+    if len(unreadable) > allowed * pieces:
+        remedy = ", or let such files be set aside with --data.bad_rows_allowed" if pieces > 1 else ""
         raise DataError(f"{unreadable[0]}. Mend it, or take it out{remedy}")
     dropped = sum((r.dropped for r in records), Counter())
     good = sum(r.rows[part] for r in records)
     bad, first = sum(r.bad for r in records), next((r.first_bad for r in records if r.first_bad), {})
     where = f"All of them are in {job.folder / 'quarantine' / job.split}. "
+    where += f"{pieces - len(records)} of {pieces} pieces were not read any more. " if so_far else ""
     _check_counts(name, job.split, good + dropped.total(), bad, first, allowed, where)
-    if not good:
+    if not good and not so_far:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
             f"no {job.split} row of {name!r} is left ({reasons}): name other files for `validation`, or the column "
             f"that tells documents apart in data.datasets.{name}.document, or see data.clean"
         )
+
+
+class _Watch:
+    """Ends a preparation whose end is known: more rows or files than allowed are unusable already."""
+
+    PIECES = 8
+    """Pieces of a data set from which its size is told by those that are done."""
+
+    def __init__(self, jobs: Sequence[Encode]) -> None:
+        self.jobs = jobs
+        self.done: list[list[Record]] = [[] for _ in jobs]
+        self.rows, self.bad, self.unreadable = [0] * len(jobs), [0] * len(jobs), [0] * len(jobs)
+
+    def __call__(self, number: int, said: dict[str, Any]) -> None:
+        record, job = Record.of(said), self.jobs[number]
+        self.done[number].append(record)
+        self.rows[number] += sum(record.rows.values()) + record.dropped.total() + record.bad
+        self.bad[number] += record.bad
+        self.unreadable[number] += bool(record.unreadable)
+        allowed, pieces = job.data.bad_rows_allowed, len(job.source.pieces)
+        likely = self.rows[number] / len(self.done[number]) * pieces  # rows in all
+        told = len(self.done[number]) >= self.PIECES or not allowed
+        if self.unreadable[number] > allowed * pieces or (told and self.bad[number] > 2 * allowed * likely):
+            _check_records(job, self.done[number], so_far=True)
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -265,7 +294,7 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
                 clean(row[column], config.data.clean) for row in rows(source) if isinstance(row.get(column), str)
             )
         for row in rows(pairs):
-            yield from task.texts(fields_of(row, pairs.dataset.columns))
+            yield from task.texts(task_fields(row, pairs, task, config.data.clean))
 
     read = texts()
     first = next(read, None)
@@ -331,10 +360,10 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     write_file(work / "inputs", inputs)
     write_file(tokenizer_file, tokenizer.to_json())
 
-    own = pairs.dataset.held_out and not pairs.dataset.validation
+    share = 0.0 if pairs.dataset.validation else pairs.dataset.held_out  # of the training rows themselves
     none = np.zeros(0, np.uint64)
-    documents, texts = (set[int](), set[int]()) if own else keys_of(held_out, task)
-    kept_out = np.array(sorted(documents), np.uint64)
+    documents, texts = keys_of(held_out, task, data.clean, share) if corpora or not share else (set[int](), set[int]())
+    kept_out = none if share else np.array(sorted(documents), np.uint64)
     kept_texts = np.array(sorted(documents | texts), np.uint64)  # a text of the corpus may be one of their passages
     everything = [pairs, held_out, *corpora]
     cpus = min(int(ray.cluster_resources().get("CPU", 1)), len(ray.nodes()) * (os.cpu_count() or 1))
@@ -347,17 +376,17 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     jobs += [encode(source, "corpus", None, kept_texts) for source in corpora]
     every_s = max(1.0, config.log_every_s)
     try:
-        if data.clean.duplicates != "keep" and corpora:
-            signs = [Sign(job) for job in jobs[2:]]
-            do_pieces(signs, [len(s.pieces) for s in corpora], 1, say, every_s)
-            found = mark_duplicates(signs, _compare)
-            say(f"  {found} duplicates")
-        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads, say, every_s)
+        if data.clean.duplicates != "keep":
+            signs = [Sign(job) for job in (jobs[0], *jobs[2:])]
+            do_pieces(signs, [len(sign.encode.source.pieces) for sign in signs], 1, say, every_s)
+            found = [mark_duplicates(group, _compare) for group in (signs[:1], signs[1:]) if group]
+            say(f"  {sum(found)} duplicates")
+        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads, say, every_s, _Watch(jobs))
     except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
         raise DataError(f"the data cannot be prepared: {reason_of(error)}") from error
     records = [[Record.of(values) for values in of_job] for of_job in said]
-    for job, of_job, part in zip(jobs, records, ("finetune", "validation", *("flow" for _ in corpora)), strict=True):
-        _check_records(job, of_job, part)
+    for job, of_job in zip(jobs, records, strict=True):
+        _check_records(job, of_job)
 
     every = [record for of_job in records for record in of_job]
     rows = Counter({part: 0 for part in PARTS})
@@ -441,7 +470,7 @@ def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = N
     of_files = dataset.format in ENDINGS.values()
     kind = format_of(path) or (dataset.format if of_files else "parquet")
     source = open_files(data.dataset, dataclasses.replace(dataset, format=kind), [path])
-    source.check_filter()
+    source.check_columns()
     _check_fields(source, task)
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
@@ -451,7 +480,7 @@ def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = N
         bad += [{"file": path, **b, "row": None} for b in batch.bad]
         for number, row in zip(batch.numbers, batch.rows, strict=True):
             try:
-                good.append(text_row(fields_of(row, dataset.columns), task))
+                good.append(text_row(task_fields(row, source, task, data.clean), task))
             except ValueError as error:
                 bad.append({"file": path, "row_number": number, "reason": str(error), "row": row})
     _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")

@@ -116,8 +116,12 @@ class Source:
         except READ_ERRORS as error:
             raise UnreadableFile(f"cannot read {piece.where} as {self.dataset.format}: {reason_of(error)}") from error
 
-    def check_filter(self) -> None:
-        """Refuse a `where` that names a column which is not there.
+    def has(self, column: str) -> bool:
+        """Whether a column is there, or the one that it is said to be in (`a` of `a.b`); true where none is known."""
+        return not self.columns or column in self.columns or column.split(".")[0] in self.columns
+
+    def check_columns(self) -> None:
+        """Refuse a `where` or a `document` that names a column which is not there.
 
         Raises:
             DataError: Names the nearest.
@@ -125,6 +129,8 @@ class Source:
         for column in self.dataset.where:
             if self.columns and column not in self.columns:
                 raise DataError(unknown_name(f"data.datasets.{self.name}.where", column, self.columns))
+        if self.dataset.document and not self.has(self.dataset.document):
+            raise DataError(unknown_name(f"data.datasets.{self.name}.document", self.dataset.document, self.columns))
 
     def _wanted(self, row: dict[str, Any]) -> bool:
         return all(str(row.get(column)) == value for column, value in self.dataset.where.items())
@@ -157,7 +163,7 @@ def open_store(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def files_of(data: DataConfig, dataset: DatasetConfig, where: str) -> list[str]:
-    """Files that a path, folder, glob or URL of a file or folder names, in order.
+    """Files that a path, folder or glob names, in order; a URL too, whose globs have `*` and `**`.
 
     Raises:
         DataError: If there is none.
@@ -175,7 +181,7 @@ def files_of(data: DataConfig, dataset: DatasetConfig, where: str) -> list[str]:
 
 
 def list_files(path: str) -> list[str]:
-    """Files that a path, folder, glob or URL of a file or folder names, in order; none, where there is none.
+    """Files that a path, folder or glob names, in order; a URL too, whose globs have `*` and `**`. May be none.
 
     Raises:
         DataError: If a URL cannot be opened.
@@ -189,9 +195,11 @@ def list_files(path: str) -> list[str]:
 
 
 def _remote_files(url: str) -> list[str]:
-    scheme = url.split("://")[0]
+    scheme, _, rest = url.partition("://")
+    above = rest.partition("*")[0]
+    above = above if above == rest else above.rpartition("/")[0]  # the folder that a glob begins in
     try:
-        store, path = open_store(url)
+        store, path = open_store(f"{scheme}://{above}")
         info = store.get_file_info(path)
         if info.type == fs.FileType.File:
             return [url]
@@ -199,7 +207,15 @@ def _remote_files(url: str) -> list[str]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot open {url}: {reason_of(error)}") from error
     files = (f.path for f in inside if f.type == fs.FileType.File)
-    return sorted(f"{scheme}://{file}" for file in files if _is_data(file.removeprefix(path).lstrip("/")))
+    wanted = re.compile(_pattern(rest[len(above) :].strip("/")))
+    names = ((file, file.removeprefix(path).lstrip("/")) for file in files)
+    return sorted(f"{scheme}://{file}" for file, name in names if _is_data(name) and wanted.fullmatch(name))
+
+
+def _pattern(names: str) -> str:
+    """The regular expression of a glob of `*` and `**`; of none, any name."""
+    parts = {"**/": "(?:[^/]+/)*", "*": "[^/]*"}
+    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", names)) if names else ".*"
 
 
 def _is_data(inside: str) -> bool:
@@ -230,7 +246,7 @@ def open_source(data: DataConfig, name: str, split: str, seed: int) -> Source:
         source = _open_huggingface(data, name, dataset, where or split)
     else:
         source = open_files(name, dataset, files_of(data, dataset, where))
-    source.check_filter()
+    source.check_columns()
     return source
 
 
@@ -268,7 +284,7 @@ def _columns_of(piece: Piece, kind: str, read: Callable[[Piece], Iterator[Rows]]
         with _open(piece.where) as file:
             return list(pq.read_schema(file).names)
     first = next((batch for batch in read(piece) if batch.rows), None)
-    return list(first.rows[0]) if first else []
+    return list(dict.fromkeys(name for row in first.rows for name in row)) if first else []
 
 
 def _open(path: str) -> pa.NativeFile:

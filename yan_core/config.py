@@ -452,8 +452,9 @@ class DatasetConfig:
     """Share of the training rows that becomes the validation split, and as much again a test split, where `validation`
     is empty. Which split a row falls into follows from its document, see `document`."""
     document: str = ""
-    """Column that says which document or passage a row belongs to; empty: its text. Rows of one document fall into one
-    split, and training rows whose document is among the validation rows are dropped."""
+    """Column that says which document or passage a row belongs to, `a.b` as in `columns`; empty: the text that the task
+    reads (of a question, its context). Rows of one document fall into one split, and training rows whose document is
+    among the validation rows are dropped."""
     columns: dict[str, str] = field(default_factory=dict)
     """Template field -> column, where the names differ. `a.b` is what column `a` holds under `b`; of a list, all of
     them."""
@@ -479,14 +480,15 @@ class CleanConfig:
     """What is done to texts before they are tokenised."""
 
     unicode: Literal["", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form; control characters are taken out with it. Empty: texts stay as they are."""
+    """Unicode normal form, of the corpus and of the fields of the task's rows; control characters are taken out with
+    it. Empty: texts stay as they are."""
     min_chars: int = 1
     """Shorter texts of the corpus are dropped."""
     max_chars: int = 0
     """Longer texts of the corpus are dropped; 0: none."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """`exact`: of equal texts of the corpus, white space and case apart, the first stays. `near`: of texts that share
-    most of their word 5-grams too."""
+    """`exact`: of equal texts of the corpus, white space and case apart, the first stays, and of training rows of the
+    task with the same source and target. `near`: of texts of the corpus that share most of their word 5-grams too."""
     near_threshold: float = 0.8
     """Share of 5-grams (Jaccard similarity) from which two texts count as near-duplicates."""
 

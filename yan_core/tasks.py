@@ -56,6 +56,11 @@ class Task:
         """Fields a row must have, the target last; the list of right answers may stand for the target."""
         return (*self.source_fields, self.target)
 
+    @property
+    def document(self) -> str:
+        """Field that tells documents apart where no column does: the first one of the source, the text that is read."""
+        return self.source_fields[0]
+
     def pair(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Source and target of a row.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import yaml
 import yan_core
 from tests.clusters.conftest import free_port
 from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.training import learning_rate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray]
 
@@ -102,6 +104,16 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, buc
         run.data.metrics
     )
     assert any(name.startswith("system/") for name in run.data.metrics)
+    shares = {
+        f"finetune/perf/{name}": run.data.metrics[f"finetune/perf/{name}"]
+        for name in ("data_wait_share", "padding_share")
+    }
+    assert (
+        all(0 <= share < 1 for share in shares.values())
+        and 1 <= run.data.metrics["finetune/train/expert_load_max"] <= 2
+    )
+    assert 0 <= run.data.metrics["finetune/train/gate_entropy"] <= math.log(2) + 1e-6
+    assert run.data.metrics["finetune/perf/memory_bytes"] > 2**26 and run.data.metrics["finetune/perf/tokens_per_s"] > 0
     assert {"finetune/validation/exact_match", "finetune/validation/exact_match_3_steps"} <= set(run.data.metrics)
     client = mlflow.MlflowClient(f"sqlite:///{Path(tiny_config.runs_dir).resolve()}/mlflow.db")
     measured = client.get_metric_history(run.info.run_id, "finetune/validation/exact_match")
@@ -112,6 +124,8 @@ def test_a_killed_worker_and_an_interrupted_driver_lose_nothing(tiny_config, buc
     }
     assert {"data/rows/finetune", "data/tokens", "data/bad_rows/train"} <= set(run.data.metrics)
     assert {used.dataset.name for used in run.inputs.dataset_inputs} == {"small", "stories"}
+    rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "finetune/train/lr")}
+    assert rates == {step + 1: learning_rate(step, 160, tiny_config.stages.finetune.optim) for step in range(160)}
     # Steps that were done again after a restart gave the same losses, and so did every step in between.
     losses: dict[int, list[float]] = {}
     for metric in client.get_metric_history(run.info.run_id, "finetune/train/loss"):

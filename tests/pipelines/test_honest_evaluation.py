@@ -104,7 +104,7 @@ def test_an_unusable_row_does_not_hide_the_documents_after_it(tmp_path):
     path = str(tmp_path / "rows.parquet")
     own = {"train": path, "validation": path, "document": "context"}
     data = from_dict(DataConfig, {"dataset": "own", "datasets": {"own": own}})
-    assert len(keys_of(open_source(data, "own", "validation", 0), get_task(data.task))[0]) == 3
+    assert len(keys_of(open_source(data, "own", "validation", 0), get_task(data.task), data.clean, 0)[0]) == 3
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -366,6 +367,86 @@ def test_a_passage_of_the_validation_rows_is_left_out_of_the_corpus(tmp_path):
     config = replace(base, data=data)
     prepared = prepare(config, tmp_path / "out")
     assert prepared.manifest["dropped"]["in validation"] == 5 and prepared.manifest["rows"]["flow"] == 15
+
+
+def test_two_questions_about_one_passage_are_one_document(tmp_path):
+    rows = [{**ROWS[0], "story": f"Passage number {i // 5}.", "question": f"Which {i}?"} for i in range(500)]
+    path = tmp_path / "all.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    own = {"train": str(path), "held_out": 0.2, "columns": {"context": "story"}}
+    prepared = prepare(from_dict(RunConfig, {"data": {"dataset": "own", "datasets": {"own": own}}}), tmp_path / "out")
+    counts = prepared.manifest["rows"]
+    assert all(counts[part] and counts[part] % 5 == 0 for part in ("finetune", "validation", "test"))
+
+
+def test_a_document_column_that_is_not_there_is_refused(tmp_path):
+    base = config_for(tmp_path)
+    own = replace(base.data.datasets["own"], document="storry")
+    config = replace(base, data=replace(base.data, datasets={"own": own}))
+    with pytest.raises(
+        DataError, match=r"data\.datasets\.own\.document: unknown name 'storry'; did you mean 'story'\?"
+    ):
+        prepare(config, tmp_path / "out")
+
+
+def test_held_out_documents_are_left_out_of_another_corpus(tmp_path):
+    rows = [{**ROWS[0], "story": f"Passage {i} is a long one."} for i in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "corpus.txt").write_text("".join(f"{row['story']}\n" for row in rows) + "One more.\n")
+    own = {"train": str(tmp_path / "rows.parquet"), "held_out": 0.2, "columns": {"context": "story"}}
+    plain = {"format": "text", "train": str(tmp_path / "corpus.txt")}
+    data = {"dataset": "own", "corpus": "plain", "datasets": {"own": own, "plain": plain}}
+    prepared = prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out")
+    counts, corpus = prepared.manifest["rows"], windows_of(prepared)
+    assert counts["validation"] > 20 and len(corpus) == counts["finetune"] + 1
+    held = {row["source"].split(" is")[0] for row in prepared.validation(200)}
+    assert not held & {text.split(" is")[0] for text in corpus}
+
+
+def test_training_rows_that_are_there_twice_are_dropped(tmp_path):
+    twice = [*ROWS, {**ROWS[0], "story": f" {ROWS[0]['story'].upper()}\u200b"}, {**ROWS[0], "answer": "elsewhere"}]
+    config = config_for(tmp_path, rows=twice, clean={"duplicates": "near"})
+    prepared = prepare(config, tmp_path / "out")
+    assert prepared.manifest["dropped"] == {"duplicate": 1} and prepared.manifest["rows"]["finetune"] == 21
+
+
+def test_texts_that_differ_in_what_clean_up_takes_out_are_duplicates(tmp_path):
+    config = corpus_config(tmp_path, ["caf\u00e9 here", "cafe\u0301\u200b here"], clean={"duplicates": "exact"})
+    assert windows_of(prepare(config, tmp_path / "out")) == ["caf\u00e9 here"]
+
+
+def test_a_pairs_texts_are_cleaned_wherever_they_go(tmp_path):
+    rows = [{**row, "story": f"{row['story']} cafe\u0301\x00", "answer": "caf\u00e9"} for row in ROWS]
+    prepared = prepare(config_for(tmp_path, rows=rows), tmp_path / "out")
+    sources = pq.read_table([s.path for s in prepared.shards("finetune")]).column("source").to_pylist()
+    assert all("caf\u00e9" in prepared.tokenizer.decode(ids) for ids in sources)
+    assert all("caf\u00e9" in text for text in windows_of(prepared))
+    assert all(row["answers"] == [row["target"]] for row in prepared.validation(50))
+
+
+def test_a_field_that_the_first_row_lacks_is_a_column(tmp_path):
+    first = {name: value for name, value in ROWS[0].items() if name != "answer"}
+    prepared = prepare(config_for(tmp_path, rows=[first, *ROWS], bad_rows_allowed=0.2), tmp_path / "out")
+    assert prepared.manifest["bad_rows"]["train"] == 1 and prepared.manifest["rows"]["finetune"] == 20
+
+
+def test_a_preparation_that_must_fail_ends_early(tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    bad = [{**row, "answer": None} for row in ROWS]
+    for i in range(40):
+        write(folder, "jsonl", bad, f"{i:02d}")
+    held_out = write(tmp_path, "jsonl", HELD_OUT, "held_out")
+
+    def stops(**data) -> int:
+        config = config_for(tmp_path, "jsonl", path=str(folder), held_out=held_out, rows=None, **data)
+        with pytest.raises(DataError, match=r"\d+ of \d+ train rows of 'own' cannot be used") as raised:
+            prepare(config, tmp_path / "out")
+        (left,) = re.findall(r"(\d+) of 40 pieces were not read any more", str(raised.value))
+        return int(left)
+
+    assert stops() == 39
+    assert 25 <= stops(bad_rows_allowed=0.1) <= 32
 
 
 def test_a_bad_line_and_an_unreadable_file_are_set_aside_with_file_and_row(tmp_path):
