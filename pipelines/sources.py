@@ -195,11 +195,13 @@ def list_files(path: str) -> list[str]:
 
 
 def _remote_files(url: str) -> list[str]:
-    scheme, _, rest = url.partition("://")
+    where, asked, options = url.partition("?")
+    scheme, _, rest = where.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
     above = rest.partition("*")[0]
     above = above if above == rest else above.rpartition("/")[0]  # the folder that a glob begins in
     try:
-        store, path = open_store(f"{scheme}://{above}")
+        store, path = open_store(f"{scheme}://{above}{asked}{options}")
         info = store.get_file_info(path)
         if info.type == fs.FileType.File:
             return [url]
@@ -209,7 +211,12 @@ def _remote_files(url: str) -> list[str]:
     files = (f.path for f in inside if f.type == fs.FileType.File)
     wanted = re.compile(_pattern(rest[len(above) :].strip("/")))
     names = ((file, file.removeprefix(path).lstrip("/")) for file in files)
-    return sorted(f"{scheme}://{file}" for file, name in names if _is_data(name) and wanted.fullmatch(name))
+    found = (
+        f"{scheme}://{user}{at}{file}{asked}{options}"
+        for file, name in names
+        if _is_data(name) and wanted.fullmatch(name)
+    )
+    return sorted(found)
 
 
 def _pattern(names: str) -> str:

@@ -206,9 +206,25 @@ def losses_of(config) -> dict[tuple[str, int], list[float]]:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("how", [(), ("--scaling.compile", "true")])
-def test_one_worker_that_is_killed_twice_has_the_losses_of_one_that_is_not(tiny_settings, tmp_path, how):
-    settings = ("--scaling.num_workers", "1", "--scaling.checkpoint_every_s", "0.5", "--log_every_s", "0", *how)
+@pytest.mark.timeout(3600)
+def test_a_compiled_training_has_the_losses_of_one_that_is_not(tiny_settings, tmp_path):
+    found = []
+    for how in ("false", "true"):
+        (tmp_path / how).mkdir()
+        config = from_dict(RunConfig, {**tiny_settings, "runs_dir": str(tmp_path / how)})
+        settings = ("--scaling.num_workers", "1", "--log_every_s", "0", "--scaling.compile", how)
+        settings += ("--stages.autoencoder.max_steps", "0", "--stages.flow.max_steps", "0")
+        process, log = start(config, *settings, "--flow_loss.solver_steps", "[1]")
+        assert process.wait(1800) == 0, log.read_text()
+        found.append(losses_of(config))
+    eager, compiled = found
+    assert sorted(eager) == sorted(compiled) == [("finetune", step) for step in range(1, 13)]
+    assert max(abs(compiled[key][0] / eager[key][0] - 1) for key in eager) < 1e-4
+
+
+@pytest.mark.soak
+def test_one_worker_that_is_killed_twice_has_the_losses_of_one_that_is_not(tiny_settings, tmp_path):
+    settings = ("--scaling.num_workers", "1", "--scaling.checkpoint_every_s", "0.5", "--log_every_s", "0")
     settings += ("--stages.finetune.max_steps", "200")
     found = []
     for name in ("calm", "killed"):
