@@ -234,7 +234,8 @@ def _check_records(job: Encode, records: Sequence[Record], so_far: bool = False)
     good = sum(r.rows[part] for r in records)
     bad, first = sum(r.bad for r in records), next((r.first_bad for r in records if r.first_bad), {})
     where = f"All of them are in {job.folder / 'quarantine' / job.split}. "
-    where += f"{pieces - len(records)} of {pieces} pieces were not read any more. " if so_far else ""
+    unread = pieces - len(records)
+    where += f"{unread} of {pieces} pieces were not read any more. " if unread else ""
     _check_counts(name, job.split, good + dropped.total(), bad, first, allowed, where)
     if not good and not so_far:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
@@ -356,7 +357,9 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
 
         tokenizer = from_pretrained(config.init_from)[1]
     else:
+        started = time.perf_counter()
         tokenizer = _train_tokenizer(config, pairs, corpora)
+        say(f"  tokenizer: {tokenizer.vocab_size} tokens, trained in {time.perf_counter() - started:.1f} s")
     write_file(work / "inputs", inputs)
     write_file(tokenizer_file, tokenizer.to_json())
 

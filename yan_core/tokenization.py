@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,24 @@ class Encoding:
 
     ids: list[int]
     num_cut: int
+
+
+CHARS_AT_ONCE = 1 << 18
+"""Characters that the backend encodes in one call: its encodings take a hundred times the room of the text."""
+
+
+def _at_once(texts: Sequence[str], most: int) -> Iterator[list[str]]:
+    """The texts in groups of at most so many characters, or of one text."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > most:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 class Tokenizer:
@@ -150,12 +168,14 @@ class Tokenizer:
             Token ids of all texts, int32, [tokens], and where each text begins and the last one ends, int64,
             [texts + 1]; no special token is added.
         """
-        found = [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        offsets = np.zeros(len(found) + 1, np.int64)
-        np.cumsum([len(ids) for ids in found], out=offsets[1:])
-        values = np.fromiter(itertools.chain.from_iterable(found), np.int32, int(offsets[-1]))
+        parts, lengths = [np.zeros(0, np.int32)], [0]
+        for some in _at_once(texts, CHARS_AT_ONCE):
+            found = [encoding.ids for encoding in self.backend.encode_batch_fast(some, add_special_tokens=False)]
+            lengths += map(len, found)
+            parts.append(np.fromiter(itertools.chain.from_iterable(found), np.int32))
+        values = np.concatenate(parts)
         values[(values == self.pad_id) | (values == self.eos_id)] = self.unk_id
-        return values, offsets
+        return values, np.cumsum(lengths, dtype=np.int64)
 
     def normalize(self, text: str) -> str:
         """The text as this tokenizer can write it: in lower case where it was trained so, else unchanged."""

@@ -21,6 +21,8 @@ def test_the_benchmark_reports_its_ratio(tmp_path):
     options = ["--megabytes", "1", "--files", "2", "--vocab-size", "300", "--results", str(tmp_path)]
     assert ingest.main([*options, "--json", str(tmp_path / "out.json")]) == 0
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["ratio"] == pytest.approx(report["tokens_per_s"] / report["tokens_per_s_bare"])
-    assert report["tokens_per_s"] > 1000 and report["peak_bytes_beyond_object_store"] > 1e7
+    rate = report["tokens"] / report["tokens_per_s_bare"]
+    assert report["ratio_with_vocabulary"] == pytest.approx(rate / report["seconds"])
+    assert report["ratio"] == pytest.approx(rate / (report["seconds"] - report["vocabulary_s"]))
+    assert 0 < report["vocabulary_s"] < report["seconds"] and report["peak_bytes_beyond_object_store"] > 1e7
     assert json.loads((tmp_path / "ingest.jsonl").read_text()) == report

@@ -179,3 +179,16 @@ def test_the_pieces_of_tokens_make_up_the_text(tokenizer: Tokenizer, text: str) 
 def test_a_piece_has_the_space_before_its_word() -> None:
     words = train("word")
     assert words.pieces(ids_of(words, "the apple.")) == ["the", " apple", "."]
+
+
+@pytest.mark.parametrize("most", [1, 20, 1 << 18])
+def test_many_texts_become_the_ids_of_each_however_many_are_encoded_at_once(
+    tokenizer: Tokenizer, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yan_core.tokenization.CHARS_AT_ONCE", most)
+    texts = [*TEXTS, "", *TEXTS[::-1]]
+    values, offsets = tokenizer.encode_arrays(texts)
+    found = [values[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    assert found == [ids_of(tokenizer, text) for text in texts]
+    values, offsets = tokenizer.encode_arrays([])
+    assert (len(values), offsets.tolist()) == (0, [0])
