@@ -145,7 +145,7 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
     from pipelines.prepare import prepare
     from yan_core.config import RunConfig, from_dict
 
-    datasets = {"corpus": {"train": str(corpus)}, "few": {"format": "world", "num_train": 64, "num_validation": 8}}
+    datasets = {"corpus": {"train": str(corpus)}, "few": {"format": "world", "kinds": ["where"], "num_train": 64}}
     data: dict[str, Any] = {
         "dataset": "few",
         "corpus": "corpus",
