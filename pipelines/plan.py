@@ -29,6 +29,8 @@ class Hardware:
         node_bytes_per_s: Rate of collectives within a node.
         network_bytes_per_s: Rate of collectives between nodes.
         latency_s: Time of the smallest collective.
+        overlap: Share of the backward pass (FSDP: of all computing) that collectives can hide behind; 0 where they take
+            the workers' own cores.
         copy_bytes_per_s: Rate at which a checkpoint is copied aside, while training waits.
         storage_bytes_per_s: Rate at which a checkpoint is written, by one worker, while training goes on.
         tokens_per_core_s: Tokens that one CPU core reads and pads in a second.
@@ -45,6 +47,7 @@ class Hardware:
     node_bytes_per_s: float
     network_bytes_per_s: float
     latency_s: float = 30e-6
+    overlap: float = 1.0
     copy_bytes_per_s: float = 20e9
     storage_bytes_per_s: float = 2e9
     tokens_per_core_s: float = 300e3
@@ -168,6 +171,8 @@ class Plan:
         read_s: Of which reading data, were it alone.
         bottleneck: The longest of the three.
         tokens_per_s: Target tokens of all workers.
+        tokens_per_s_each: Of one worker.
+        reading_cores: CPU cores that read for a worker, so that it does not wait.
         memory_bytes: Of a worker: weights, gradients, optimizer and averages; activations come on top.
         fits: Whether that leaves a fifth of a worker's memory free.
         checkpoint_bytes: Size of a checkpoint.
@@ -187,6 +192,8 @@ class Plan:
     read_s: float
     bottleneck: str
     tokens_per_s: float
+    tokens_per_s_each: float
+    reading_cores: float
     memory_bytes: float
     fits: bool
     checkpoint_bytes: float
@@ -219,7 +226,7 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
     collectives = communicate_s(job, hardware, learning, everything)
     read = rows * (job.source_tokens + job.target_tokens) / (hardware.tokens_per_core_s * hardware.cores)
     # Gradients travel while the rest of the backward pass runs; what FSDP gathers, while its blocks compute.
-    hidden = rows * backward / rate if job.strategy == "ddp" else compute
+    hidden = hardware.overlap * (rows * backward / rate if job.strategy == "ddp" else compute)
     step = max(compute - hidden + max(hidden, collectives), read)
     steps = job.tokens / (job.batch_rows * job.target_tokens)
 
@@ -240,6 +247,8 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
         read_s=read,
         bottleneck=max((compute, "computing"), (collectives, "the network"), (read, "reading data"))[1],
         tokens_per_s=job.batch_rows * job.target_tokens / step,
+        tokens_per_s_each=rows * job.target_tokens / step,
+        reading_cores=read * hardware.cores / (compute - hidden + max(hidden, collectives)),
         memory_bytes=held,
         fits=held < 0.8 * hardware.memory_bytes,
         checkpoint_bytes=checkpoint,
@@ -331,7 +340,9 @@ def main(args: Sequence[str]) -> int:
     config = parse_config("plan", ["--config", chosen.config])
     for field in fields(Hardware):
         value = getattr(chosen, field.name)
-        if value is not None and not (math.isfinite(value) and value > 0 or value == 0 == field.default):
+        if value is not None and not (
+            math.isfinite(value) and value > 0 or value == 0 and field.name in ("overlap", "price_per_hour")
+        ):
             raise UsageError(f"--{field.name.replace('_', '-')} must be above 0, got {value}")
     given = {f.name: getattr(chosen, f.name) for f in fields(Hardware) if getattr(chosen, f.name) is not None}
     hardware, plans = replace(HARDWARE[chosen.hardware], **given), {}

@@ -32,13 +32,15 @@ START_S = 10.0
 """Seconds of the start that are left out: beside the first steps the worker imports MLflow, once in a training."""
 
 
-def run_config(folder: Path, steps: int, batch_size: int, name: str, workers: int = 1) -> RunConfig:
+def run_config(
+    folder: Path, steps: int, batch_size: int, name: str, workers: int = 1, model: dict[str, Any] = MODEL
+) -> RunConfig:
     """A fine-tune of that many steps from fresh weights."""
     settings = {
         "name": name,
         "runs_dir": str(folder),
         "data": {"max_target_tokens": 14},
-        "model": MODEL,
+        "model": model,
         "stages": {
             "autoencoder": {"max_steps": 0},
             "flow": {"max_steps": 0},

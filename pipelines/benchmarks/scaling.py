@@ -2,9 +2,10 @@
 
     python -m pipelines.benchmarks.scaling
 
-The constants are measured too: the rate of matrix products with one thread, the share of it that a bare training step
-(no Ray) reaches with as many processes at once as there are workers and with a worker's part of the batch, and what
-gloo takes for an all-reduce. Ray Train runs the same steps with one and two workers.
+The constants are measured on one model and batch: the rate of matrix products with one thread, the share of it that a
+bare training step (no Ray) reaches with as many processes at once as there are workers, what gloo takes for an
+all-reduce, how fast a core reads, and how fast a checkpoint is copied and written. What is predicted, and then run by
+Ray Train with one and two workers, is another model, and another batch of the first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipelines.benchmarks.machine import RESULTS, describe, leave, matmul_rate
-from pipelines.benchmarks.ray_overhead import run_config, with_ray, without_ray
-from pipelines.plan import HARDWARE, Job, communicate_s, make_plan, num_parameters, row_flops
+from pipelines.benchmarks.ray_overhead import MODEL, run_config, with_ray, without_ray
+from pipelines.cluster import ray_session
+from pipelines.plan import Hardware, Job, make_plan, num_parameters, row_flops
+from pipelines.prepare import prepare
 from yan_core.config import RunConfig
 from yan_core.files import code_commit
 
@@ -80,68 +84,113 @@ def seen_tokens(config: RunConfig, prepared: Path, steps: int) -> float:
     return sum(widths) / len(widths)
 
 
+def read_rate(config: RunConfig, prepared: Path, steps: int) -> float:
+    """Tokens a second that one core reads, sorts, corrupts and pads."""
+    from pipelines.prepare import open_prepared
+
+    batches = open_prepared(prepared).batches(config, "finetune")
+    next(batches)
+    started = time.perf_counter()
+    tokens = sum(next(batches).num_tokens for _ in range(steps))
+    return tokens / (time.perf_counter() - started)
+
+
+def checkpoint_rates(folder: Path, megabytes: int = 200) -> tuple[float, float]:
+    """Bytes a second at which weights are copied aside, and written, hashed and sealed."""
+    from pipelines.checkpoints import Checkpoints
+    from pipelines.order import Position
+
+    weights = {str(i): torch.ones(megabytes * 2**20 // 32) for i in range(8)}
+    size = sum(w.numel() * 4 for w in weights.values())
+    started = time.perf_counter()
+    copied = {name: w.clone() for name, w in weights.items()}
+    copy_s = time.perf_counter() - started
+    started = time.perf_counter()
+    place = Checkpoints(str(folder / "checkpoints"))
+    place.write("checkpoint_0", Position("finetune", "f", 0), lambda to: torch.save(copied, to / "weights"))
+    return size / copy_s, size / (time.perf_counter() - started)
+
+
+def calibrate(folder: Path, steps: int, batch_size: int, processes: int) -> Hardware:
+    """This machine's constants, from bare loops of the 5M model."""
+    config = run_config(folder, steps, batch_size, f"bare{processes}")
+    prepared = folder / "prepared"
+    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    bare_s = bare_step_s(config, prepared, steps // 4, steps, processes)
+    job = as_seen(Job.of(config, 1e9, 1), config, prepared, steps)
+    _, learning = num_parameters(job)
+    large, small = all_reduce_s(int(learning))
+    copy, write = checkpoint_rates(folder)
+    return Hardware(
+        flops_per_s=rate,
+        efficiency=batch_size * sum(row_flops(job)) / (bare_s * rate),
+        memory_bytes=1e12,
+        workers_per_node=8,
+        node_bytes_per_s=2 * 4 * learning * 0.5 / max(1e-9, large - small),
+        network_bytes_per_s=1e9,
+        latency_s=small / 2,
+        overlap=0.0,
+        copy_bytes_per_s=copy,
+        storage_bytes_per_s=write,
+        tokens_per_core_s=read_rate(config, prepared, steps // 2),
+        cores=1.0,
+    )
+
+
+def as_seen(job: Job, config: RunConfig, prepared: Path, steps: int) -> Job:
+    """A job with the vocabulary and the lengths of the batches that there are."""
+    vocab_size = json.loads((prepared / "manifest.json").read_text())["vocab_size"]
+    return replace(job, source_tokens=round(seen_tokens(config, prepared, steps)), vocab_size=vocab_size)
+
+
+SMALL = {"d_model": 96, "num_heads": 3, "decoder_blocks": 1, "flow_blocks": 4, "num_experts": 4}
+"""A model of another width and depth than the one that is measured."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the benchmark, print its figures and write them to results/."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.benchmarks.scaling", description=__doc__)
-    parser.add_argument("--steps", type=int, default=120, help="training steps of a run")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of a step over all workers")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of a run")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of a worker, and of the bare loops")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder whose scaling.jsonl gets a line")
     chosen = parser.parse_args(args)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("RAY_worker_niceness", "0")  # as the plain loops have; by default Ray gives its workers 15
-    rate = matmul_rate(torch.device("cpu"), torch.float32)
     rows: list[dict[str, Any]] = []
+    constants: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        base, hardware = None, HARDWARE["h200"]
+        folder, steps = Path(scratch), chosen.steps
+        with ray_session(1, 1):
+            prepare(run_config(folder, steps, chosen.batch_size, "data"), folder / "prepared")
         for workers in (1, 2):
-            config = run_config(Path(scratch), chosen.steps, chosen.batch_size, f"workers{workers}", workers)
-            first, last, seconds, _ = with_ray(config, Path(scratch))
-            job = Job.of(config, 1e9, workers)
-            prepared = Path(scratch) / config.name / "prepared"
-            if base is None:
-                source = round(seen_tokens(config, prepared, last))
-                base = (source, json.loads((prepared / "manifest.json").read_text())["vocab_size"])
-            job = Job(**{**vars(job), "source_tokens": base[0], "vocab_size": base[1]})
-            part = chosen.batch_size // workers
-            alone = run_config(Path(scratch), chosen.steps, part, f"bare{workers}")
-            bare_s = bare_step_s(alone, prepared, first, last, workers)
-            _, learning = num_parameters(job)
-            large, small = all_reduce_s(int(learning))
-            hardware = type(hardware)(
-                flops_per_s=rate,
-                efficiency=part * sum(row_flops(job)) / (bare_s * rate),
-                memory_bytes=1e12,
-                workers_per_node=8,
-                node_bytes_per_s=2 * 4 * learning * 0.5 / max(1e-9, large - small),
-                network_bytes_per_s=1e9,
-                latency_s=small / 2,
-            )
-            print(
-                f"{workers} at once: bare step of {part} rows {1000 * bare_s:.1f} ms, {hardware.efficiency:.0%} of "
-                f"{rate / 1e9:.1f} GFLOP/s; all-reduce of {learning / 1e6:.1f}M numbers {1000 * large:.1f} ms, "
-                f"of eight {1000 * small:.2f} ms"
-            )
-            plan = make_plan(job, hardware)
-            measured = seconds / (last - first)
-            row = {
-                "workers": workers,
-                "bare_ms": 1000 * bare_s,
-                "predicted_ms": 1000 * plan.step_s,
-                "measured_ms": 1000 * measured,
-            }
-            row |= {
-                "error": plan.step_s / measured - 1,
-                "communicate_ms": 1000 * communicate_s(job, hardware, *reversed(num_parameters(job))),
-            }
-            rows.append(row)
-            print({name: round(value, 3) for name, value in row.items()}, flush=True)
+            hardware = calibrate(folder, steps, chosen.batch_size, workers)
+            constants[f"{workers} at once"] = vars(hardware)
+            print(f"{workers} at once:", {name: float(f"{v:.4g}") for name, v in vars(hardware).items()}, flush=True)
+            for name, model, rows_each in (("5M", MODEL, 2 * chosen.batch_size), ("small", SMALL, chosen.batch_size)):
+                batch_size = rows_each * workers
+                config = run_config(folder, steps, batch_size, f"{name}{workers}", workers, model)
+                first, last, seconds, _ = with_ray(config, folder)
+                job = as_seen(Job.of(config, 1e9, workers), config, folder / config.name / "prepared", last)
+                plan, measured_s = make_plan(job, hardware), seconds / (last - first)
+                row = {
+                    "model": name,
+                    "workers": workers,
+                    "rows_of_a_worker": rows_each,
+                    "predicted_ms": 1000 * plan.step_s,
+                    "measured_ms": 1000 * measured_s,
+                    "error": plan.step_s / measured_s - 1,
+                    "communicate_ms": 1000 * plan.communicate_s,
+                    "read_ms": 1000 * plan.read_s,
+                }
+                rows.append(row)
+                print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),
         "machine": describe(torch.device("cpu")),
-        "hardware_of_two": vars(hardware),
+        "hardware": constants,
         "rows": rows,
     }
     leave(report, chosen.results, "scaling", chosen.json)

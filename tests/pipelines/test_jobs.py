@@ -36,7 +36,7 @@ def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--optim.lr", "3"], "optim"),
         (["--stages.flow.maxsteps", "3"], "Did you mean stages.flow.max_steps"),
-        (["--scaling.num_workers", "3"], "scaling.num_workers=3 must divide"),
+        (["--scaling.num_workers", "9"], "scaling.num_workers=9 is more than the lanes"),
         (["--config", "nowhere.yaml"], "no file 'nowhere.yaml'"),
         ([], "runs_dir=runs: a job needs absolute paths"),
         (["--runs_dir", "/runs", "--init_from", "runs/world/model"], "init_from=runs/world/model"),

@@ -136,3 +136,19 @@ def test_a_gpu_is_known_by_its_drivers_name():
     assert peak_flops("NVIDIA H200") == HARDWARE["h200"].flops_per_s
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("Tesla T4") is None
+
+
+def test_collectives_that_take_the_workers_own_cores_come_on_top():
+    job = replace(JOB, num_workers=2)
+    free, own = make_plan(job, replace(H200, node_bytes_per_s=1e12)), make_plan(job, replace(H200, overlap=0.0))
+    assert free.step_s == pytest.approx(free.compute_s)
+    assert own.step_s == pytest.approx(own.compute_s + own.communicate_s) and own.communicate_s > 0
+
+
+def test_as_many_cores_read_as_a_worker_needs_not_to_wait():
+    plan = make_plan(JOB, H200)
+    assert plan.tokens_per_s_each * JOB.num_workers == pytest.approx(plan.tokens_per_s)
+    enough = make_plan(JOB, replace(H200, cores=plan.reading_cores * 1.01))
+    few = make_plan(JOB, replace(H200, cores=plan.reading_cores * 0.5))
+    assert enough.bottleneck != "reading data" and few.bottleneck == "reading data"
+    assert few.step_s == pytest.approx(2 * enough.step_s)
