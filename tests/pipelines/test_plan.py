@@ -140,7 +140,8 @@ def test_a_gpu_is_known_by_its_drivers_name():
 
 def test_collectives_that_take_the_workers_own_cores_come_on_top():
     job = replace(JOB, num_workers=2)
-    free, own = make_plan(job, replace(H200, node_bytes_per_s=1e12)), make_plan(job, replace(H200, overlap=0.0))
+    hardware = replace(H200, node_bytes_per_s=1e15, latency_s=1e-9, cores=1e9)
+    free, own = make_plan(job, hardware), make_plan(job, replace(H200, overlap=0.0, cores=1e9))
     assert free.step_s == pytest.approx(free.compute_s)
     assert own.step_s == pytest.approx(own.compute_s + own.communicate_s) and own.communicate_s > 0
 
