@@ -51,13 +51,30 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node is taken from a local session
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # no news of a worker waits for two seconds
         with _quiet_backend():
-            ray.init(address="local", num_cpus=logical, include_dashboard=False, **common)
+            _start_local(num_cpus=logical, include_dashboard=False, **common)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has put its own in its place
     try:
         yield
     finally:
         ray.shutdown()
+
+
+class ClusterError(RuntimeError):
+    """Ray does not start on this machine."""
+
+
+def _start_local(**settings: Any) -> None:
+    """Start a Ray of this process's own; once more when a busy machine kept the first from coming up in time."""
+    for last in (False, True):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            ray.shutdown()
+            if last:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+                raise ClusterError(f"Ray did not start on this machine, tried twice: {reason}") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipelines.cluster import ray_session
+from pipelines.cluster import ClusterError, ray_session
 
 
 @pytest.mark.ray
@@ -19,3 +19,22 @@ def test_another_cluster_of_the_machine_is_left_alone(monkeypatch):
         Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:1")
         with ray_session(1, 1):
             assert ray.cluster_resources()["CPU"] >= 3
+
+
+def test_a_ray_that_does_not_come_up_is_started_once_more(monkeypatch):
+    outcomes = [Exception("timed out"), None, Exception("timed out"), Exception("traceback\ntimed out again")]
+
+    def init(**settings):
+        if error := outcomes.pop(0):
+            raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with ray_session(1, 1):
+        pass
+    with (
+        pytest.raises(ClusterError, match="Ray did not start on this machine, tried twice: timed out again"),
+        ray_session(1, 1),
+    ):
+        pass
+    assert outcomes == []
