@@ -71,6 +71,7 @@ def test_pools_from_a_step_on_are_what_is_left_of_all_pools():
     for number, step, _ in everything:
         assert order.pool_at(step) == number
         assert order.first_step(number) <= step < order.first_step(number + 1)
+        assert next(order.pools(step)).number == number
     assert order.num_pools == everything[-1][0] + 1
 
 
@@ -80,6 +81,7 @@ def test_a_curriculum_uses_the_shortest_batches_of_each_pool_first():
     assert order.pool_batches == 32
     assert all(top <= (step + 1) / 2 for step, top in longest.items() if step < 64)
     assert max(longest.values()) == 31
+    assert [order.kept_batches(step) for step in (0, 1, 2, 3, 62, 63, 64)] == [1, 1, 2, 2, 32, 32, 32]
 
 
 def test_lanes_of_a_pool_are_next_to_each_other_in_the_line_and_cover_it():
@@ -95,6 +97,13 @@ def test_batch_number_i_is_the_ith_shortest_piece_of_a_lane():
     lengths = np.random.default_rng(0).permutation(order.pool_batches * order.lane_rows)
     picked = lengths[order.pick(lengths, np.array([5, 0]))]
     assert sorted(picked[:2].tolist()) == [10, 11] and sorted(picked[2:].tolist()) == [0, 1]
+
+
+def test_rows_of_equal_length_keep_their_order():
+    order = order_of(batch_size=160, max_steps=100)
+    lengths = np.tile([5, 3], order.pool_batches * order.lane_rows // 2)
+    picked = order.pick(lengths, np.arange(order.pool_batches))
+    assert picked.tolist() == [*range(1, len(lengths), 2), *range(0, len(lengths), 2)]
 
 
 def test_a_pool_is_no_longer_than_an_epoch():
@@ -116,6 +125,8 @@ def test_the_cursor_names_epoch_and_rows_done():
     whole = NUM_ROWS // pool + 1
     assert order.cursor(whole * order.pool_batches) == {"epoch": 1, "position": whole * pool - NUM_ROWS}
     assert order.cursor(1000)["epoch"] >= 5
+    done = order_of(batch_size=16, max_steps=70).cursor(70)  # the third pool is done with too
+    assert done == {"epoch": 0, "position": 3 * pool}
 
 
 def test_shards_are_read_as_often_as_they_are_told():

@@ -16,6 +16,7 @@ from yan_core.loss import (
     Objective,
     autoencoder_loss,
     flow_loss,
+    latent_terms,
     maximum_mean_discrepancy,
     weighted_cross_entropy,
 )
@@ -503,6 +504,31 @@ def test_mean_discrepancy_of_two_points_in_closed_form() -> None:
     assert float(maximum_mean_discrepancy(x, y, (0.5, 2.0))) == pytest.approx(expected, rel=1e-6)
 
 
+def test_mean_discrepancy_of_two_samples_equals_the_sum_over_all_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 3, generator=generator), 2 + torch.randn(7, 3, generator=generator)
+
+    def kernel(a: torch.Tensor, b: torch.Tensor, sigma: float) -> float:
+        pairs = [math.exp(-float((p - q).square().sum()) / (2 * sigma**2)) for p in a for q in b]
+        return sum(pairs) / len(pairs)
+
+    expected = sum(kernel(x, x, s) + kernel(y, y, s) - 2 * kernel(x, y, s) for s in (0.7, 3.0))
+    assert float(maximum_mean_discrepancy(x, y, (0.7, 3.0))) == pytest.approx(expected, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(maximum_mean_discrepancy(x, y, (0.7, 3.0))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_discrepancy_is_that_of_the_tokens_with_the_lowest_draws() -> None:
+    keys, mask = torch.arange(2), torch.ones(2, 5, dtype=torch.bool)
+    latents = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    draws = uniform(keys, Stream.MMD, (5,)).flatten()
+    lowest = draws.argsort()[:3]
+    prior = normal((draws[lowest[:1]] * 2**31).long(), Stream.MMD_PRIOR, (3, 4))[0]
+    squares, discrepancy = latent_terms(latents, mask, keys, 3, torch.tensor(20.0))
+    assert float(squares) == pytest.approx(float(latents.square().sum()) / 80)
+    assert float(discrepancy) == pytest.approx(float(maximum_mean_discrepancy(latents.view(10, 4)[lowest], prior)))
+
+
 def autoencoder_rows() -> Batch:
     return autoencoder_batch(random_rows([7, 3, 5, 1]), torch.arange(4), STAGE_1)
 
@@ -523,6 +549,26 @@ def test_autoencoder_loss_equals_its_parts_by_hand() -> None:
     assert p["loss_mmd"] > 0
     expected = p["loss_ce"] + 0.1 * p["loss_l2"] + 0.2 * p["loss_mmd"]
     assert output.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_autoencoders_accuracy_is_the_share_of_right_tokens() -> None:
+    model, batch = tiny_model(), autoencoder_rows()
+    scale = STAGE_1.latent_noise * uniform(batch.keys, Stream.LATENT_SCALE, (1, 1))
+    latents = model.encode_target(batch.source_ids, batch.target_mask)
+    written = model.decoder(latents + scale * normal(batch.keys, Stream.LATENT_NOISE, (7, 16))).argmax(-1)
+    target = torch.where(torch.arange(7) % 2 == 0, written, (written + 1) % VOCAB)
+    share = float((torch.arange(7) % 2 == 0).expand(4, 7)[batch.target_mask].float().mean())
+    output = autoencoder_loss(model, replace(batch, target_ids=target), STAGE_1)
+    assert float(output.parts["token_accuracy"]) == pytest.approx(share) and 0.3 < share < 0.9
+
+
+def test_the_autoencoders_dropout_follows_from_the_keys() -> None:
+    model, batch = tiny_model(dropout=0.3).train(), autoencoder_rows()
+    found = []
+    for keys in (batch.keys, batch.keys, batch.keys + 7):
+        torch.manual_seed(len(found))
+        found.append(autoencoder_loss(model, replace(batch, keys=keys), replace(STAGE_1, latent_noise=0.0)).total)
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
 def test_autoencoder_without_noise_is_deterministic_reconstruction() -> None:
