@@ -1,6 +1,6 @@
 """Tables and pictures of `yan compare`'s reports, and the page that gathers them.
 
-python -m pipelines.results docs/results/*.json --page docs/RESULTS.md
+python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def page(reports: Sequence[Report]) -> str:
     """All reports as one page."""
     parts = [
         "# Results\n",
-        "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md` from what `yan compare` "
+        "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md` from what `yan compare` "
         "or `pipelines.benchmarks.quality_gpu` measured; no figure is typed by hand. Every contestant of a table was "
         "trained on the same rows with the same tokenizer, for the same number of floating-point operations where its "
         "label names no multiple. "
@@ -156,13 +156,55 @@ def page(reports: Sequence[Report]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def short(reports: Sequence[Report]) -> str:
+    """A line for each task and contestant of the usual compute, with the figures that stand for it."""
+    lines = ["| task | model | passes | quality [95 %] | ms, alone |", "|---|---|---:|---:|---:|"]
+    for report in reports:
+        best: dict[str, Mapping[str, Any]] = {}
+        for name, of in report["contestants"].items():
+            family = of["family"]
+            if of.get("compute", 1.0) != 1.0 or (family == "yan" and name != "yan"):
+                continue  # of a baseline that was tuned twice, the better one; of YAN, the recipe's own
+            if family not in best or main_quality(of)["value"] > main_quality(best[family])["value"]:
+                best[family] = of
+        for of in best.values():
+            quality = main_quality(of)
+            speed, metric = of["speed"][str(quality["num_steps"])], quality["metric"].replace("_", " ")
+            task = f"{report['name']}, {metric}" if of is next(iter(best.values())) else ""
+            lines.append(
+                f"| {task} | {of['label']} | {speed['nfe']:g} | {_share(quality['value'], quality)} "
+                f"| {speed['latency_ms_p50']:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- results: written by `make docs` -->\n", "<!-- end of results -->\n"
+"""What stands around the short table in a file that holds more."""
+
+
+def with_short(text: str, reports: Sequence[Report]) -> str:
+    """A text whose short table is that of the reports.
+
+    Raises:
+        ValueError: If the marks are not there.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the file to write into must have the lines {BEGIN.strip()} and {END.strip()} once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}{short(reports)}{END}{rest.split(END)[1]}"
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Write the page."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.results", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("reports", nargs="+", type=Path, help="report.json of `yan compare`, several")
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--short", type=Path, help="Markdown file with marks, between which a short table goes")
     chosen = parser.parse_args(args)
-    write_file(chosen.page, page([json.loads(p.read_text(encoding="utf-8")) for p in sorted(chosen.reports)]))
+    reports = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(chosen.reports)]
+    write_file(chosen.page, page(reports))
+    if chosen.short:
+        write_file(chosen.short, with_short(chosen.short.read_text(encoding="utf-8"), reports))
     return 0
 
 

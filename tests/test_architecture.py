@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from pipelines import reference
+from pipelines.results import main as write_results
 from serve import schemas
 from yan_core import config
 
@@ -65,3 +66,12 @@ def test_the_page_of_settings_is_made_from_the_settings():
     assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs/CONFIG.md
     assert "| `stages.flow.optim.lr` | `float` | `0.001` | " in page
     assert re.findall(r"^\| `[^`]+` \| `.+` \| `.+` \|  \|$", page, re.MULTILINE) == []  # each says what it does
+
+
+def test_the_results_are_those_of_the_reports(tmp_path):
+    """`make docs` writes both; nobody types a figure."""
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    reports = [str(path) for path in sorted((ROOT / "docs" / "results").glob("*.json"))]
+    write_results([*reports, "--page", str(tmp_path / "page.md"), "--short", str(tmp_path / "README.md")])
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "RESULTS.md").read_text()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
