@@ -144,7 +144,8 @@ def page(reports: Sequence[Report]) -> str:
         "# Results\n",
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md` from "
         "what `yan compare` or `pipelines.benchmarks.quality_gpu` measured; no figure is typed by hand. Every "
-        "contestant of a table was trained on the same rows with the same tokenizer, for the same number of floating-point operations where its "
+        "contestant of a table was trained on the same rows with the same tokenizer, for the same number of "
+        "floating-point operations where its "
         "label names no multiple. "
         "Parameters are those of the layers + those of embeddings, positions and vocabulary head; passes are the "
         "median of requests alone. Every model finds the end of an answer itself; *told length* is what it would "
