@@ -1,5 +1,7 @@
-"""README's blocks run as they stand, in order, in a copy of the repository; training is shortened, nothing else."""
+"""README's blocks and those of docs/DATA.md run as they stand, in order, in a copy of the repository; training is
+shortened, nothing else."""
 
+import json
 import os
 import re
 import shutil
@@ -21,7 +23,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def blocks() -> list[tuple[str, str]]:
-    return BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    pages = (ROOT / "README.md", ROOT / "docs" / "DATA.md")
+    return [block for page in pages for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
 def shortened(code: str) -> str:
@@ -60,3 +63,6 @@ def test_readme_blocks_run(tmp_path):
             command, cwd=tmp_path / "yan", env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{code}\n--- printed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    manifest = json.loads((tmp_path / "yan" / "runs" / "shop" / "prepared" / "manifest.json").read_text())
+    assert manifest["filtered"]["train"] == 1 and manifest["bad_rows"]["train"] == 1
+    assert manifest["dropped"] == {"duplicate": 1, "in validation": 1}
