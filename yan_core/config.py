@@ -587,6 +587,8 @@ class ScalingConfig:
     """Compute the blocks' activations a second time in the backward pass instead of keeping them."""
     compile: bool = False
     """Compile the loss with torch.compile; minutes at the start, on a CPU for nothing. Not measured on a GPU yet."""
+    resize_every_s: float = 60.0
+    """With fewest and most workers: seconds between looks at whether there is room for more than there are."""
     max_failures: int = 3
     """Worker failures after which training is given up; -1: never."""
     checkpoint_every_s: float = 20.0
@@ -600,6 +602,7 @@ class ScalingConfig:
         least, most = self.min_workers, self.max_workers
         _require(1 <= least <= most, f"scaling.num_workers must be >= 1, or [fewest, most], got {self.num_workers}")
         _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker must be > 0, got {self.cpus_per_worker}")
+        _require(self.resize_every_s >= 0, f"scaling.resize_every_s must be >= 0, got {self.resize_every_s}")
         _require(self.accumulation >= 1, f"scaling.accumulation must be >= 1, got {self.accumulation}")
         _require(self.max_failures >= -1, f"scaling.max_failures must be >= 0, or -1, got {self.max_failures}")
         _require(self.keep_checkpoints >= 1, f"scaling.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")

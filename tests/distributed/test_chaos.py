@@ -177,9 +177,9 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
 def test_workers_come_and_go_with_the_nodes(tiny_settings, tmp_path):
     """Three nodes with room for a worker each, of which one leaves and comes back; three do not divide the lanes."""
     one = settings(tiny_settings, tmp_path, "one", 1)
-    long = dataclasses.replace(one.stages, finetune=dataclasses.replace(one.stages.finetune, max_steps=2500))
+    long = dataclasses.replace(one.stages, finetune=dataclasses.replace(one.stages.finetune, max_steps=600))
     one = dataclasses.replace(one, stages=long)
-    scaling = dataclasses.replace(one.scaling, num_workers=(1, 3), cpus_per_worker=2.0)
+    scaling = dataclasses.replace(one.scaling, num_workers=(1, 3), cpus_per_worker=2.0, resize_every_s=5.0)
     some = dataclasses.replace(one, name="some", scaling=scaling)
     process, log = start(one, None)
     assert process.wait(600) == 0, log.read_text()
