@@ -177,8 +177,9 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
 def test_workers_come_and_go_with_the_nodes(tiny_settings, tmp_path):
     """Three nodes with room for a worker each, of which one leaves and comes back; three do not divide the lanes."""
     one = settings(tiny_settings, tmp_path, "one", 1)
-    long = dataclasses.replace(one.stages, finetune=dataclasses.replace(one.stages.finetune, max_steps=600))
-    one = dataclasses.replace(one, stages=long)
+    steps = {"autoencoder": 10, "flow": 10, "finetune": 500}
+    stages = {name: dataclasses.replace(getattr(one.stages, name), max_steps=n) for name, n in steps.items()}
+    one = dataclasses.replace(one, stages=dataclasses.replace(one.stages, **stages))
     scaling = dataclasses.replace(one.scaling, num_workers=(1, 3), cpus_per_worker=2.0, resize_every_s=5.0)
     some = dataclasses.replace(one, name="some", scaling=scaling)
     process, log = start(one, None)
@@ -190,13 +191,13 @@ def test_workers_come_and_go_with_the_nodes(tiny_settings, tmp_path):
         cluster.wait_for_nodes()
         process, log = start(some, cluster.address)
 
-        def wait_for(pattern: str, timeout_s: float = 300) -> None:
+        def wait_for(pattern: str, timeout_s: float = 900) -> None:
             deadline = time.monotonic() + timeout_s
             while not re.search(pattern, log.read_text()):
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
 
-        wait_for(r"\n  finetune +[1-9]\d\d/")
+        wait_for(r"\n  finetune +[5-9]\d/")
         cluster.remove_node(other, allow_graceful=False)
         wait_for(r"goes on from its checkpoint at step \d+ on 2 workers")
         cluster.add_node(**NODE)
