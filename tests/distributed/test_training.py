@@ -265,7 +265,7 @@ def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path
         raise AssertionError((tmp_path / "server.log").read_text())
 
     settings = ("--tracking.uri", address, "--log_every_s", "0", "--scaling.checkpoint_every_s", "1")
-    settings += ("--stages.finetune.max_steps", "120")
+    settings += ("--stages.finetune.max_steps", "400")
     server = serve()
     try:
         process, log = start(tiny_config, *settings)
@@ -278,7 +278,7 @@ def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path
         process, log = start(tiny_config, *settings)
         assert process.wait(600) == 1, log.read_text()
         text = log.read_text()
-        assert "the run goes on, and it is told later" in text and "training: done" in text
+        assert "the run goes on, and it is told later" in text and "training: done in" in text
         assert "does not take the result" in text and "Traceback" not in text
         model = Path(tiny_config.runs_dir) / "tiny" / "model"
         assert yan_core.load(model).generate(["Mary went to the kitchen. Where is Mary?"])
@@ -294,7 +294,7 @@ def test_an_mlflow_server_that_goes_away_stops_no_training(tiny_config, tmp_path
         client = mlflow.MlflowClient(address)
         (run,) = client.search_runs([client.get_experiment_by_name("yan").experiment_id])
         assert run.info.status == "FINISHED" and "eval/exact_match" in run.data.metrics
-        for stage, last in {"autoencoder": 12, "flow": 6, "finetune": 120}.items():
+        for stage, last in {"autoencoder": 12, "flow": 6, "finetune": 400}.items():
             steps = {m.step for m in client.get_metric_history(run.info.run_id, f"{stage}/train/loss")}
             assert steps == set(range(1, last + 1))
     finally:
