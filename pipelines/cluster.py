@@ -47,6 +47,7 @@ def ray_session(num_workers: int, cpus_per_worker: float) -> Iterator[None]:
             ray.init(**common)
     else:
         logical = max(os.cpu_count() or 1, int(num_workers * cpus_per_worker + 0.999) + 2)
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # its own keeps 40 MB a worker of what it freed
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # else it warns of "too many" workers
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node is taken from a local session
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # no news of a worker waits for two seconds

@@ -8,13 +8,15 @@ checkpoint interval for restart dumps", eq. 37 (first order: Young 1974).
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 
-from yan_core.config import ModelConfig, RunConfig
+from yan_core.config import ModelConfig, RunConfig, unknown_name
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,17 @@ class Hardware:
         node_bytes_per_s: Rate of collectives within a node.
         network_bytes_per_s: Rate of collectives between nodes.
         latency_s: Time of the smallest collective.
+        fixed_s: Time of a step that does not depend on its rows: starting operations, the optimizer.
+        crowding: Share of the efficiency that is left when all workers of a node compute at once.
         overlap: Share of the backward pass (FSDP: of all computing) that collectives can hide behind; 0 where they take
             the workers' own cores.
         copy_bytes_per_s: Rate at which a checkpoint is copied aside, while training waits.
         storage_bytes_per_s: Rate at which a checkpoint is written, by one worker, while training goes on.
         tokens_per_core_s: Tokens that one CPU core reads and pads in a second.
         cores: CPU cores for reading.
+        shared_cores: CPU cores of a node, where workers compute on them, one core each, beside reading and Ray's own
+            processes; 0: workers compute on GPUs, and reading has its `cores`.
+        ray_cores: Of these, what Ray's own processes and MLflow keep busy.
         failure_hours: Mean time between failures.
         restart_s: Time from a failure to the first new step.
         price_per_hour: Price, in whatever currency.
@@ -48,10 +55,14 @@ class Hardware:
     network_bytes_per_s: float
     latency_s: float = 30e-6
     overlap: float = 1.0
+    fixed_s: float = 0.0
+    crowding: float = 1.0
     copy_bytes_per_s: float = 20e9
     storage_bytes_per_s: float = 2e9
     tokens_per_core_s: float = 300e3
     cores: float = 8.0
+    shared_cores: float = 0.0
+    ray_cores: float = 0.0
     failure_hours: float = 50_000.0
     restart_s: float = 300.0
     price_per_hour: float = 0.0
@@ -64,6 +75,41 @@ HARDWARE = {
 }
 """Data-sheet rates (dense bfloat16; NVLink one way; 400 or 200 Gbit/s a GPU). The efficiency, the failures (one in
 50,000 hours of a GPU, as in the training of Llama 3, arXiv:2407.21783, sec. 3.3.4) and the prices are assumptions."""
+
+
+def checked(hardware: Hardware) -> Hardware:
+    """The constants as they are.
+
+    Raises:
+        ValueError: If one is nonsense.
+    """
+    for field in fields(Hardware):
+        value = getattr(hardware, field.name)
+        may_be_zero = field.default == 0 or field.name == "overlap"
+        if not (math.isfinite(value) and value > 0 or value == 0 and may_be_zero):
+            raise ValueError(f"--{field.name.replace('_', '-')} must be above 0, got {value}")
+    if 0 < hardware.shared_cores <= hardware.ray_cores:
+        raise ValueError(f"--ray-cores must be below --shared-cores={hardware.shared_cores}, got {hardware.ray_cores}")
+    return hardware
+
+
+def read_constants(file: Path) -> dict[str, float]:
+    """Constants of a file, some or all.
+
+    Raises:
+        ValueError: If it is no JSON object of them.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--constants {file}: {error}") from error
+    if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
+        raise ValueError(f"--constants {file} must be a JSON object of numbers by name")
+    known = [field.name for field in fields(Hardware)]
+    for name in found:
+        if name not in known:
+            raise ValueError(unknown_name(f"--constants {file}", name, known))
+    return found
 
 
 @dataclass(frozen=True)
@@ -221,13 +267,18 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
     forward, backward = row_flops(job)
     everything, learning = num_parameters(job)
     rows = job.batch_rows / job.num_workers
-    rate = hardware.flops_per_s * hardware.efficiency
-    compute = rows * (forward + backward) / rate
+    on_node = min(job.num_workers, hardware.workers_per_node)
+    alone = 1 - (on_node - 1) / max(1.0, hardware.workers_per_node - 1)  # 1: has the node to itself, 0: it is full
+    rate = hardware.flops_per_s * hardware.efficiency * (alone + (1 - alone) * hardware.crowding)
+    compute = hardware.fixed_s + rows * (forward + backward) / rate
     collectives = communicate_s(job, hardware, learning, everything)
     read = rows * (job.source_tokens + job.target_tokens) / (hardware.tokens_per_core_s * hardware.cores)
     # Gradients travel while the rest of the backward pass runs; what FSDP gathers, while its blocks compute.
     hidden = hardware.overlap * (rows * backward / rate if job.strategy == "ddp" else compute)
-    step = max(compute - hidden + max(hidden, collectives), read)
+    own = compute - hidden + max(hidden, collectives)
+    step = max(own, read)
+    if hardware.shared_cores:  # what is to be done on a node in a step, by the cores that Ray leaves
+        step = max(own, on_node * (own + read * hardware.cores) / (hardware.shared_cores - hardware.ray_cores))
     steps = job.tokens / (job.batch_rows * job.target_tokens)
 
     shards = job.num_workers if job.strategy == "fsdp" else 1
@@ -248,7 +299,7 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
         bottleneck=max((compute, "computing"), (collectives, "the network"), (read, "reading data"))[1],
         tokens_per_s=job.batch_rows * job.target_tokens / step,
         tokens_per_s_each=rows * job.target_tokens / step,
-        reading_cores=read * hardware.cores / (compute - hidden + max(hidden, collectives)),
+        reading_cores=read * hardware.cores / own,
         memory_bytes=held,
         fits=held < 0.8 * hardware.memory_bytes,
         checkpoint_bytes=checkpoint,
@@ -329,6 +380,12 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=float, required=True, help="target tokens in all, such as 1e12")
     parser.add_argument("--rows-per-gpu", type=int, default=None, help="default: the config's batch over all workers")
     parser.add_argument("--hardware", choices=HARDWARE, default="h200", help="constants to start from")
+    parser.add_argument(
+        "--constants",
+        type=Path,
+        metavar="FILE",
+        help="JSON of constants that were measured, as benchmarks.scaling writes",
+    )
     for field in fields(Hardware):
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=float, default=None, help=f"default: that of --hardware ({field.name})")
@@ -338,14 +395,12 @@ def main(args: Sequence[str]) -> int:
     if min(chosen.gpus) < 1 or chosen.tokens <= 0:
         raise UsageError("--gpus and --tokens must be above 0")
     config = parse_config("plan", ["--config", chosen.config])
-    for field in fields(Hardware):
-        value = getattr(chosen, field.name)
-        if value is not None and not (
-            math.isfinite(value) and value > 0 or value == 0 and field.name in ("overlap", "price_per_hour")
-        ):
-            raise UsageError(f"--{field.name.replace('_', '-')} must be above 0, got {value}")
     given = {f.name: getattr(chosen, f.name) for f in fields(Hardware) if getattr(chosen, f.name) is not None}
-    hardware, plans = replace(HARDWARE[chosen.hardware], **given), {}
+    try:
+        measured = read_constants(chosen.constants) if chosen.constants else {}
+        hardware, plans = checked(replace(HARDWARE[chosen.hardware], **{**measured, **given})), {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     for gpus in chosen.gpus:
         job = Job.of(config, chosen.tokens, gpus)
         if chosen.rows_per_gpu:

@@ -139,7 +139,7 @@ class _Do:
 def do_pieces(
     jobs: Sequence[Callable[[int], Any]],
     counts: Sequence[int],
-    threads: int,
+    cpus: float,
     say: Callable[[str], None],
     every_s: float,
     watch: Callable[[int, Any], None] = lambda job, said: None,
@@ -149,7 +149,7 @@ def do_pieces(
     Args:
         jobs: Each takes the number of a piece.
         counts: Pieces of each job.
-        threads: CPUs that a task takes.
+        cpus: Logical CPUs that a task takes.
         say: Takes the lines.
         every_s: Seconds between them.
         watch: Told what a job said of a piece as it comes; what it raises ends the work.
@@ -161,7 +161,7 @@ def do_pieces(
     if not asked:
         return [[] for _ in jobs]
     stream = ray.data.from_items(asked, override_num_blocks=len(asked)).map_batches(
-        _Do(jobs), batch_format="pyarrow", batch_size=1, num_cpus=threads
+        _Do(jobs), batch_format="pyarrow", batch_size=1, num_cpus=cpus
     )
     found: list[list[Any]] = [[] for _ in jobs]
     started = said_at = time.perf_counter()
@@ -369,8 +369,9 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     kept_out = none if share else np.array(sorted(documents), np.uint64)
     kept_texts = np.array(sorted(documents | texts), np.uint64)  # a text of the corpus may be one of their passages
     everything = [pairs, held_out, *corpora]
-    cpus = min(int(ray.cluster_resources().get("CPU", 1)), len(ray.nodes()) * (os.cpu_count() or 1))
-    threads = max(1, cpus // sum(len(s.pieces) for s in everything))
+    logical, real = ray.cluster_resources().get("CPU", 1), len(ray.nodes()) * (os.cpu_count() or 1)
+    threads = max(1, int(min(logical, real)) // sum(len(s.pieces) for s in everything))
+    of_core = max(1.0, logical / real)  # a local Ray has more logical CPUs than there are cores: see ray_session
 
     def encode(source: Source, split: str, template: Task | None, keys: np.ndarray) -> Encode:
         return Encode(source, split, template, data, tokenizer.to_json(), work.resolve(), keys, threads)
@@ -381,10 +382,10 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     try:
         if data.clean.duplicates != "keep":
             signs = [Sign(job) for job in (jobs[0], *jobs[2:])]
-            do_pieces(signs, [len(sign.encode.source.pieces) for sign in signs], 1, say, every_s)
+            do_pieces(signs, [len(sign.encode.source.pieces) for sign in signs], of_core, say, every_s)
             found = [mark_duplicates(group, _compare) for group in (signs[:1], signs[1:]) if group]
             say(f"  {sum(found)} duplicates")
-        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads, say, every_s, _Watch(jobs))
+        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads * of_core, say, every_s, _Watch(jobs))
     except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
         raise DataError(f"the data cannot be prepared: {reason_of(error)}") from error
     records = [[Record.of(values) for values in of_job] for of_job in said]

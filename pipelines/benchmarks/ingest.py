@@ -3,18 +3,21 @@
     python -m pipelines.benchmarks.ingest --megabytes 400
 
 The corpus is made up: words of a Zipf distribution, in sentences. `yan prepare` begins with Parquet files and ends with
-a manifest: it learns a vocabulary, which takes as long for a small corpus as for a large one and is told apart, and
-reads, cleans, tokenises and writes. The bare tokenizer gets the same texts from memory (of a large corpus the first
-BARE_MEGABYTES), a thousand at a time, and nothing is done with what it gives.
+a manifest: it learns a vocabulary from at most tokenizer.sample_rows rows, which is told apart, and reads, cleans,
+tokenises and writes. Ray runs already, and has prepared a small corpus. The bare tokenizer gets the same texts from
+memory (of a large corpus the first BARE_MEGABYTES), a thousand at a time, and nothing is done with what it gives.
+Where other work runs beside, CPU seconds (of Ray's processes too) tell more than seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,16 +28,16 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
-from pipelines.benchmarks.machine import RESULTS, leave
+from pipelines.benchmarks.machine import RESULTS, describe, in_child, leave
 from yan_core.files import code_commit
 
 TEXT_BYTES = 2000
 """About the length of a text."""
 
-
-WARM_MEGABYTES = 8.0
-"""What is read first, so that processes and their imports are there."""
+SMALL_MEGABYTES = 8.0
+"""What is prepared first, so that Ray's processes and their imports are there; its time is told."""
 
 BARE_MEGABYTES = 200.0
 """Most that the bare tokenizer is given: it has all of it in memory."""
@@ -71,11 +74,15 @@ def write_corpus(folder: Path, megabytes: float, files: int) -> None:
                 out.write_table(pa.table({"text": batch}))
 
 
-class PeakMemory:
-    """Most memory of this process and all below it, shared memory apart, while the block runs."""
+class Usage:
+    """Most memory of this process and all below it, shared memory apart, and their CPU seconds, while a block runs."""
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Usage:
         self.peak_bytes, self.stopped = 0, threading.Event()
+        self.of: dict[str, int] = {}
+        self.cpu: dict[int, float] = {}  # of those that ended, what they had when they were last seen
+        self._look()
+        self.cpu_before = dict(self.cpu)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -85,23 +92,40 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        here, total = psutil.Process(), 0
+        here, held = psutil.Process(), Counter[str]()
         for process in [here, *here.children(recursive=True)]:
             try:
-                memory = process.memory_info()
-                total += memory.rss - memory.shared
+                memory, name = process.memory_info(), "driver" if process == here else _kind(process.cmdline())
+                times = process.cpu_times()
             except psutil.Error:
                 continue
-        self.peak_bytes = max(self.peak_bytes, total)
+            held[name] += memory.rss - memory.shared
+            self.cpu[process.pid] = times.user + times.system
+        if held.total() > self.peak_bytes:
+            self.peak_bytes, self.of = held.total(), dict(held.most_common())
 
     def __exit__(self, *_: object) -> None:
         self.stopped.set()
         self.thread.join()
         self._look()  # a block may be shorter than the time between two looks
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds so far."""
+        return sum(self.cpu.values()) - sum(self.cpu_before.values())
 
-def bare(corpus: Path, tokenizer: str) -> float:
-    """Tokens a second of the tokenizer alone, with all cores."""
+
+def _kind(command: list[str]) -> str:
+    """What a process below the driver is: a task or idle worker of Ray by its own name, else its program."""
+    first = command[0] if command else ""
+    if first.startswith("ray::"):
+        return first.split("(")[0]
+    scripts = [part for part in command[1:3] if part.endswith(".py")]
+    return os.path.basename(scripts[0] if scripts else first)
+
+
+def bare(corpus: Path, tokenizer: str) -> tuple[float, float]:
+    """Tokens of the tokenizer alone, with all cores: a second, and a CPU second."""
     from pipelines.sources import ROWS_AT_ONCE
     from yan_core.tokenization import Tokenizer
 
@@ -114,11 +138,11 @@ def bare(corpus: Path, tokenizer: str) -> float:
                 read += batch.column("text").to_pylist()
                 left -= batch.nbytes
     backend.encode_batch_fast(read[:ROWS_AT_ONCE], add_special_tokens=False)
-    started, tokens = time.perf_counter(), 0
+    started, cpu_before, tokens = time.perf_counter(), time.process_time(), 0
     for start in range(0, len(read), ROWS_AT_ONCE):
         found = backend.encode_batch_fast(read[start : start + ROWS_AT_ONCE], add_special_tokens=False)
         tokens += sum(len(encoding) for encoding in found)
-    return tokens / (time.perf_counter() - started)
+    return tokens / (time.perf_counter() - started), tokens / (time.process_time() - cpu_before)
 
 
 @dataclass(frozen=True)
@@ -129,14 +153,20 @@ class Ingest:
         tokens: Tokens written.
         seconds: From the call to the manifest.
         vocabulary_s: Of these, for the vocabulary.
+        cpu_s: CPU seconds of all processes.
+        vocabulary_cpu_s: Of these, for the vocabulary.
         peak_bytes: Most memory of all processes, the object store apart.
+        peak_of: What each kind of process held of it.
         tokenizer: Its JSON.
     """
 
     tokens: int
     seconds: float
     vocabulary_s: float
+    cpu_s: float
+    vocabulary_cpu_s: float
     peak_bytes: int
+    peak_of: dict[str, int]
     tokenizer: str
 
 
@@ -155,20 +185,28 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
     }
     data["max_target_tokens"] = 32
     settings = {"data": data, "model": {"max_positions": 512}, "tokenizer": {"kind": "bpe", "vocab_size": vocab_size}}
-    config, vocabulary_s = from_dict(RunConfig, settings), 0.0
+    config, vocabulary_s, vocabulary_cpu_s = from_dict(RunConfig, settings), 0.0, 0.0
 
     def say(line: str) -> None:
-        nonlocal vocabulary_s
+        nonlocal vocabulary_s, vocabulary_cpu_s
         print(line, flush=True)
         if " tokenizer: " in line:
-            vocabulary_s = time.perf_counter() - started
+            vocabulary_s, vocabulary_cpu_s = time.perf_counter() - started, time.process_time() - cpu_before
 
-    with PeakMemory() as memory:
-        started = time.perf_counter()
+    with Usage() as usage:
+        started, cpu_before = time.perf_counter(), time.process_time()
         prepared = prepare(config, folder, say)
         seconds = time.perf_counter() - started
-    tokens, tokenizer = prepared.manifest["tokens"], prepared.tokenizer.to_json()
-    return Ingest(tokens, seconds, vocabulary_s, memory.peak_bytes, tokenizer)
+    return Ingest(
+        tokens=prepared.manifest["tokens"],
+        seconds=seconds,
+        vocabulary_s=vocabulary_s,
+        cpu_s=usage.cpu_s,
+        vocabulary_cpu_s=vocabulary_cpu_s,
+        peak_bytes=usage.peak_bytes,
+        peak_of=usage.of,
+        tokenizer=prepared.tokenizer.to_json(),
+    )
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -178,43 +216,69 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=8, help="files of the corpus")
     parser.add_argument("--vocab-size", type=int, default=8192, help="of the byte-pair encoding")
     parser.add_argument("--folder", type=Path, help="where the corpus and the shards go; default: a temporary folder")
+    parser.add_argument("--turns", type=int, default=2, help="how often each has its turn")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder whose ingest.jsonl gets a line")
     chosen = parser.parse_args(args)
 
     from pipelines.cluster import ray_session
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the bare tokenizer has; by default Ray gives its workers 15
+    turns: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         root = chosen.folder or Path(scratch)
         corpus = root / "corpus"
         write_corpus(corpus, chosen.megabytes, chosen.files)
-        write_corpus(root / "warm_corpus", WARM_MEGABYTES, 2)
-        cores = os.cpu_count() or 1
-        with ray_session(1, 1):
-            ingest(root / "warm_corpus", root / "warm", chosen.vocab_size)
-            done = ingest(corpus, root / "prepared", chosen.vocab_size)
-        alone = bare(corpus, done.tokenizer)
-    whole, rest = done.tokens / done.seconds / alone, done.tokens / (done.seconds - done.vocabulary_s) / alone
+        write_corpus(root / "small_corpus", SMALL_MEGABYTES, 2)
+        for _ in range(chosen.turns):
+            with ray_session(1, 1):
+                first = ingest(root / "small_corpus", root / "small", chosen.vocab_size)
+                done = ingest(corpus, root / "prepared", chosen.vocab_size)
+            alone, alone_cpu = in_child(bare, corpus, done.tokenizer)
+            turn = {
+                "first_s": first.seconds,
+                "seconds": done.seconds,
+                "vocabulary_s": done.vocabulary_s,
+                "tokens_per_s_bare": alone,
+                "ratio": done.tokens / (done.seconds - done.vocabulary_s) / alone,
+                "ratio_with_vocabulary": done.tokens / done.seconds / alone,
+                "cpu_s": done.cpu_s,
+                "vocabulary_cpu_s": done.vocabulary_cpu_s,
+                "tokens_per_cpu_s_bare": alone_cpu,
+                "cpu_ratio": done.tokens / (done.cpu_s - done.vocabulary_cpu_s) / alone_cpu,
+                "cpu_ratio_with_vocabulary": done.tokens / done.cpu_s / alone_cpu,
+                "load_average": os.getloadavg()[0],
+                "peak_bytes_beyond_object_store": done.peak_bytes,
+                "peak_bytes_of": done.peak_of,
+            }
+            turns.append(turn)
+            print(
+                f"yan prepare: {done.tokens / 1e6:.1f}M tokens in {done.seconds:.1f} s, {done.vocabulary_s:.1f} s of "
+                f"them for the vocabulary; bare tokenizer {alone / 1e6:.2f}M tok/s\n"
+                f"  of its rate {turn['ratio']:.2f}, with the vocabulary {turn['ratio_with_vocabulary']:.2f}; of its "
+                f"tokens a CPU second {turn['cpu_ratio']:.2f}, with the vocabulary "
+                f"{turn['cpu_ratio_with_vocabulary']:.2f}; {SMALL_MEGABYTES:g} MB before it took {first.seconds:.1f} s",
+                flush=True,
+            )
+    peak = max(turns, key=lambda turn: turn["peak_bytes_beyond_object_store"])
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),
-        "cores": cores,
+        "machine": describe(torch.device("cpu")),
         "megabytes": chosen.megabytes,
         "files": chosen.files,
         "vocab_size": chosen.vocab_size,
         "tokens": done.tokens,
-        "seconds": done.seconds,
-        "vocabulary_s": done.vocabulary_s,
-        "tokens_per_s_bare": alone,
-        "ratio": rest,
-        "ratio_with_vocabulary": whole,
-        "peak_bytes_beyond_object_store": done.peak_bytes,
+        "turns": turns,
+        **{
+            name: statistics.median(turn[name] for turn in turns)
+            for name in ("ratio", "ratio_with_vocabulary", "cpu_ratio", "cpu_ratio_with_vocabulary")
+        },
+        "peak_bytes_beyond_object_store": peak["peak_bytes_beyond_object_store"],
     }
-    print(
-        f"yan prepare: {done.tokens / 1e6:.0f}M tokens in {done.seconds:.1f} s, {done.vocabulary_s:.1f} s of them for "
-        f"the vocabulary; bare tokenizer {alone / 1e6:.2f}M tok/s: {whole:.2f} of it, {rest:.2f} without the vocabulary"
-    )
-    print(f"peak memory beyond the object store: {done.peak_bytes / 1e9:.2f} GB for {chosen.megabytes:g} MB of text")
+    held = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in peak["peak_bytes_of"].items())
+    print(f"peak memory beyond the object store for {chosen.megabytes:g} MB of text, in GB of 1e9 bytes: ", end="")
+    print(f"{report['peak_bytes_beyond_object_store'] / 1e9:.2f} ({held})")
     leave(report, chosen.results, "ingest", chosen.json)
     return 0
 

@@ -1,5 +1,6 @@
 """The model of a training's cost: against counted operations, limits that are known, and a played training."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -153,3 +154,50 @@ def test_as_many_cores_read_as_a_worker_needs_not_to_wait():
     few = make_plan(JOB, replace(H200, cores=plan.reading_cores * 0.5))
     assert enough.bottleneck != "reading data" and few.bottleneck == "reading data"
     assert few.step_s == pytest.approx(2 * enough.step_s)
+
+
+def test_workers_reading_and_ray_share_a_nodes_cores():
+    """Two cores of which a half is Ray's: what two workers compute and read takes 2 / 1.5 of the time."""
+    job = replace(JOB, num_workers=2)
+    alone = replace(H200, node_bytes_per_s=1e15, latency_s=1e-9, workers_per_node=2, cores=1.0)
+    shared = replace(alone, shared_cores=2.0, ray_cores=0.5)
+    apart, together = make_plan(job, alone), make_plan(job, shared)
+    assert together.step_s == pytest.approx(2 * (apart.compute_s + apart.read_s) / 1.5)
+    one = make_plan(replace(job, num_workers=1), replace(shared, tokens_per_core_s=1e12))
+    assert one.step_s == pytest.approx(one.compute_s)
+
+
+def test_a_step_has_a_part_that_its_rows_do_not_change():
+    fast = replace(H200, tokens_per_core_s=1e30)
+    plain, with_fixed = (make_plan(replace(JOB, num_workers=1), replace(fast, fixed_s=s)) for s in (0.0, 0.1))
+    assert with_fixed.step_s == pytest.approx(plain.step_s + 0.1)
+
+
+def test_a_full_node_computes_with_what_crowding_leaves():
+    crowded = replace(H200, crowding=0.5, workers_per_node=3)
+    times = [make_plan(replace(JOB, num_workers=n, batch_rows=64 * n), crowded).compute_s for n in (1, 2, 3, 6)]
+    assert [times[0] / t for t in times] == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
+def test_constants_come_from_a_file_and_flags_go_before_it(tmp_path, capsys):
+    file = tmp_path / "constants.json"
+    plan = ["plan", "--config", "pipelines/configs/size_200m.yaml", "--tokens", "1e9", "--gpus", "2"]
+
+    def step(*more: str) -> str:
+        assert main([*plan, "--constants", str(file), *more]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step "))
+
+    file.write_text(json.dumps({**vars(H200), "efficiency": 0.2}))
+    slow = step()
+    assert step("--efficiency", "0.4") != slow
+    assert main([*plan, "--efficiency", "0.2"]) == 0 and slow in capsys.readouterr().out
+    for text, message in (
+        ('{"eficiency": 0.2}', "unknown name 'eficiency'; did you mean 'efficiency'?"),
+        ('{"efficiency": "half"}', "must be a JSON object of numbers by name"),
+        ('{"efficiency": 0}', "--efficiency must be above 0, got 0"),
+        ('{"shared_cores": 2, "ray_cores": 3}', "--ray-cores must be below --shared-cores=2, got 3"),
+        ("no", "Expecting value"),
+    ):
+        file.write_text(text)
+        assert main([*plan, "--constants", str(file)]) == 2
+        assert message in capsys.readouterr().err
