@@ -482,9 +482,10 @@ def test_what_is_prepared_is_not_done_again_after_an_interruption(tmp_path):
     with pytest.raises(DataError, match="cannot be used"):
         prepare(config, tmp_path / "out", said.append)
     records = tmp_path / "out.unfinished" / "records"
+    assert "tokenizer: " in said.pop() and not said
     before = {f.name: f.stat().st_mtime_ns for f in records.iterdir()}
-    assert len(before) == 2
-    (records / "validation-own-000000.json").unlink()  # as if it had been interrupted there
+    assert "train-own-000000.json" in before  # the other one may not have been done any more
+    (records / "validation-own-000000.json").unlink(missing_ok=True)  # as if it had been interrupted there
     allowed = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_rows_allowed=0.5))
     shorter = dataclasses.replace(allowed, data=dataclasses.replace(allowed.data, max_source_tokens=5))
     with pytest.raises(DataError, match="cannot be used"):
