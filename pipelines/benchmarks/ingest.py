@@ -236,6 +236,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 done = ingest(corpus, root / "prepared", chosen.vocab_size)
             alone, alone_cpu = in_child(bare, corpus, done.tokenizer)
             turn = {
+                "tokens": done.tokens,
                 "first_s": first.seconds,
                 "seconds": done.seconds,
                 "vocabulary_s": done.vocabulary_s,
@@ -268,7 +269,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "megabytes": chosen.megabytes,
         "files": chosen.files,
         "vocab_size": chosen.vocab_size,
-        "tokens": done.tokens,
+        "tokens": turns[0]["tokens"],
         "turns": turns,
         **{
             name: statistics.median(turn[name] for turn in turns)
