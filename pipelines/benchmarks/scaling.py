@@ -1,11 +1,12 @@
 """What `yan plan` predicts for one and two workers on this machine, against what they take.
 
     python -m pipelines.benchmarks.scaling
+    python -m pipelines plan --constants OUT ...
 
-The constants are measured on one model and batch: the rate of matrix products with one thread, the share of it that a
-bare training step (no Ray) reaches with as many processes at once as there are workers, what gloo takes for an
-all-reduce, how fast a core reads, and how fast a checkpoint is copied and written. What is predicted, and then run by
-Ray Train with one and two workers, is another model, and another batch of the first.
+The constants are measured with one model: by bare loops (no Ray) with two sizes of batch, alone and two at once; by
+gloo's all-reduce; by reading, copying and writing; by one worker of Ray Train, for what Ray's processes keep busy; and
+by killing one, for the time back. What is predicted, and then run by Ray Train, is other batches, another model and two
+workers. No constant is taken from what is predicted.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipelines.benchmarks.machine import RESULTS, describe, leave, matmul_rate
-from pipelines.benchmarks.ray_overhead import MODEL, run_config, with_ray, without_ray
+from pipelines.benchmarks.machine import RESULTS, describe, leave, matmul_rate, quartiles
+from pipelines.benchmarks.ray_overhead import MODEL, START_S, run_config
 from pipelines.cluster import ray_session
 from pipelines.plan import Hardware, Job, make_plan, num_parameters, row_flops
 from pipelines.prepare import prepare
 from yan_core.config import RunConfig
-from yan_core.files import code_commit
+from yan_core.files import code_commit, write_file
+from yan_core.training import draw_solver_steps
 
 
 def _all_reduce(rank: int, port: int, numbers: int, found: Any) -> None:
@@ -63,25 +69,85 @@ def all_reduce_s(numbers: int) -> tuple[float, float]:
     return large, small
 
 
-def _bare(rank: int, config: RunConfig, prepared: Path, first: int, last: int, found: Any) -> None:
+@dataclass(frozen=True)
+class Stretch:
+    """Steps after `first` to `last`, and their seconds."""
+
+    first: int
+    last: int
+    seconds: float
+
+
+def quiet(stretches: Sequence[Stretch], predicted_s: Callable[[Stretch], float]) -> float:
+    """What stretches of a second or two take, as a multiple of what is predicted for them: the first quartile.
+
+    Not the mean, as whatever else runs on the machine only ever adds.
+    """
+    return quartiles([s.seconds / predicted_s(s) for s in stretches])[0]
+
+
+def _bare(rank: int, config: RunConfig, prepared: Path, found: Any) -> None:
+    from pipelines.plain import train_plainly
+    from pipelines.prepare import open_prepared
+    from yan_core.model import build_model
+
     torch.set_num_threads(1)
-    found.put(without_ray(config, prepared, first, last))
+    data, times = open_prepared(prepared), {0: time.perf_counter()}
+    model = build_model(config.model, data.tokenizer.vocab_size, config.seed)
+
+    def stamp(step: int, _: object) -> bool:
+        times[step] = time.perf_counter()
+        return True
+
+    train_plainly(model, config, data, "finetune", stamp)
+    stretches, first = [], 2
+    for step in range(3, len(times)):
+        if times[step] - times[first] > 1.0:
+            stretches.append(Stretch(first, step, times[step] - times[first]))
+            first = step
+    found.put(stretches)
 
 
-def bare_step_s(config: RunConfig, prepared: Path, first: int, last: int, processes: int) -> float:
-    """Mean seconds of a step of a plain loop, the slowest of so many that run at once."""
+def bare_steps(config: RunConfig, prepared: Path, processes: int) -> list[Stretch]:
+    """Stretches of plain loops, so many at once."""
     found = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_bare, (config, prepared, first, last, found), nprocs=processes)  # type: ignore[attr-defined]
-    return max(found.get() for _ in range(processes)) / (last - first)
+    running = mp.spawn(_bare, (config, prepared, found), nprocs=processes, join=False)  # type: ignore[attr-defined]
+    stretches = [stretch for _ in range(processes) for stretch in found.get()]
+    while not running.join():
+        pass
+    return stretches
 
 
-def seen_tokens(config: RunConfig, prepared: Path, steps: int) -> float:
-    """Mean number of places of a source in the batches of the first steps, padding included."""
+def ray_steps(config: RunConfig) -> list[Stretch]:
+    """Stretches of a training by Ray Train, the first START_S seconds left out."""
+    import mlflow
+
+    from pipelines.run import run
+
+    result = run(replace(config, log_every_s=1.0), publish=False)
+    client = mlflow.MlflowClient(result.tracking_uri)
+    history = sorted(
+        (m.step, m.value / 1000) for m in client.get_metric_history(result.run_id, "finetune/perf/step_ms")
+    )
+    stretches = [Stretch(a, b, (b - a) * step_s) for (a, _), (b, step_s) in pairwise([(0, 0.0), *history])]
+    ends = accumulate(stretch.seconds for stretch in stretches)
+    return [stretch for stretch, end in zip(stretches, ends, strict=True) if end > START_S]
+
+
+def as_seen(config: RunConfig, prepared: Path, workers: int = 1) -> Callable[[Stretch], Job]:
+    """Stretch -> a training with its solver steps, the vocabulary and the mean width of sources."""
     from pipelines.prepare import open_prepared
 
-    batches = open_prepared(prepared).batches(config, "finetune")
-    widths = [next(batches).source_ids.shape[1] for _ in range(steps)]
-    return sum(widths) / len(widths)
+    found, job = open_prepared(prepared), Job.of(config, 1e9, workers)
+    widths = [batch.source_ids.shape[1] for batch in islice(found.batches(config, "finetune"), 50)]
+    job = replace(job, vocab_size=found.manifest["vocab_size"], source_tokens=round(statistics.mean(widths)))
+    choices = config.flow_loss.solver_steps
+
+    def of(stretch: Stretch) -> Job:
+        drawn = [draw_solver_steps(choices, config.seed, step) for step in range(stretch.first, stretch.last)]
+        return replace(job, solver_steps=statistics.mean(drawn))
+
+    return of
 
 
 def read_rate(config: RunConfig, prepared: Path, steps: int) -> float:
@@ -111,36 +177,120 @@ def checkpoint_rates(folder: Path, megabytes: int = 200) -> tuple[float, float]:
     return size / copy_s, size / (time.perf_counter() - started)
 
 
-def calibrate(folder: Path, steps: int, batch_size: int, processes: int) -> Hardware:
-    """This machine's constants, from bare loops of the 5M model."""
-    config = run_config(folder, steps, batch_size, f"bare{processes}")
-    prepared = folder / "prepared"
-    rate = matmul_rate(torch.device("cpu"), torch.float32)
-    bare_s = bare_step_s(config, prepared, steps // 4, steps, processes)
-    job = as_seen(Job.of(config, 1e9, 1), config, prepared, steps)
-    _, learning = num_parameters(job)
+class Beside:
+    """CPU cores that all processes below this one, and this one, keep busy beside a training's one worker.
+
+    What the worker's other threads take beyond a core counts too. The first START_S seconds of training are left out.
+    """
+
+    def __enter__(self) -> Beside:
+        self.ticks: list[tuple[float, float]] = []  # (seconds, CPU seconds beside) while the worker computed
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        before, at = self._look(), time.perf_counter()
+        while not self.stopped.wait(1.0):
+            now, then, at = self._look(), at, time.perf_counter()
+            taken = {who: cpu_s - before[who] for who, cpu_s in now.items() if who in before}
+            worker = sum(cpu_s for (_, is_worker), cpu_s in taken.items() if is_worker)
+            if worker > 0.3 * (at - then):
+                self.ticks.append((at - then, sum(taken.values()) - min(worker, at - then)))
+            before = now
+
+    def _look(self) -> dict[tuple[int, bool], float]:
+        here, found = psutil.Process(), {}
+        for process in [here, *here.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                found[process.pid, is_worker(process)] = times.user + times.system
+            except psutil.Error:
+                continue
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    @property
+    def cores(self) -> float:
+        """The mean; 0 where the training was too short to tell."""
+        ticks = self.ticks[int(START_S) :]
+        return sum(cpu_s for _, cpu_s in ticks) / sum(s for s, _ in ticks) if ticks else 0.0
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether a process is a worker of Ray Train."""
+    return any("RayTrainWorker" in part for part in process.cmdline())
+
+
+def restart_s(folder: Path, batch_size: int) -> float:
+    """Seconds from the death of a worker, killed after a checkpoint, to the end of the first new step."""
+    import mlflow
+
+    from pipelines.run import run
+
+    config = run_config(folder, 40, batch_size, "killed")
+    scaling = replace(config.scaling, checkpoint_every_s=2.0, max_failures=1)
+    config, killed_at = replace(config, log_every_s=0.0, scaling=scaling), []
+
+    def kill() -> None:
+        while not list((folder / "killed" / "checkpoints").rglob("checkpoint_*/checkpoint.json")):
+            time.sleep(0.1)
+        for process in psutil.Process().children(recursive=True):
+            if is_worker(process):
+                killed_at.append(time.time())
+                process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    result = run(config, publish=False)
+    history = mlflow.MlflowClient(result.tracking_uri).get_metric_history(result.run_id, "finetune/perf/step_ms")
+    return min(m.timestamp / 1000 for m in history if m.timestamp / 1000 > killed_at[0]) - killed_at[0]
+
+
+def calibrate(folder: Path, steps: int, batch_size: int) -> Hardware:
+    """This machine's constants but those of Ray, from bare loops of the 5M model."""
+    prepared, rate = folder / "prepared", matmul_rate(torch.device("cpu"), torch.float32)
+
+    def mean_step(rows: int, processes: int) -> tuple[float, float]:
+        """Seconds and operations of a step with mean solver steps."""
+        config = run_config(folder, steps, rows, "bare")
+        job = as_seen(config, prepared)
+        stretches = bare_steps(config, prepared, processes)
+
+        def flops(stretch: Stretch) -> float:
+            return rows * sum(row_flops(job(stretch))) * (stretch.last - stretch.first)
+
+        whole = Stretch(0, steps, 0.0)
+        return quiet(stretches, flops) * flops(whole) / steps, flops(whole) / steps
+
+    (full_s, full), (part_s, part) = mean_step(batch_size, 1), mean_step(batch_size // 4, 1)
+    both_s, _ = mean_step(batch_size, 2)
+    fixed_s = max(0.0, full_s - full * (full_s - part_s) / (full - part))
+    config = run_config(folder, steps, batch_size, "bare")
+    _, learning = num_parameters(as_seen(config, prepared)(Stretch(0, steps, 0.0)))
     large, small = all_reduce_s(int(learning))
     copy, write = checkpoint_rates(folder)
     return Hardware(
         flops_per_s=rate,
-        efficiency=batch_size * sum(row_flops(job)) / (bare_s * rate),
-        memory_bytes=1e12,
-        workers_per_node=8,
+        efficiency=full / (full_s - fixed_s) / rate,
+        memory_bytes=psutil.virtual_memory().total / 2,
+        workers_per_node=2,
         node_bytes_per_s=2 * 4 * learning * 0.5 / max(1e-9, large - small),
         network_bytes_per_s=1e9,
         latency_s=small / 2,
         overlap=0.0,
+        fixed_s=fixed_s,
+        crowding=min(1.0, (full_s - fixed_s) / (both_s - fixed_s)),
         copy_bytes_per_s=copy,
         storage_bytes_per_s=write,
         tokens_per_core_s=read_rate(config, prepared, steps // 2),
         cores=1.0,
+        shared_cores=float(os.cpu_count() or 1),
+        restart_s=restart_s(folder, batch_size),
     )
-
-
-def as_seen(job: Job, config: RunConfig, prepared: Path, steps: int) -> Job:
-    """A job with the vocabulary and the lengths of the batches that there are."""
-    vocab_size = json.loads((prepared / "manifest.json").read_text())["vocab_size"]
-    return replace(job, source_tokens=round(seen_tokens(config, prepared, steps)), vocab_size=vocab_size)
 
 
 SMALL = {"d_model": 96, "num_heads": 3, "decoder_blocks": 1, "flow_blocks": 4, "num_experts": 4}
@@ -152,6 +302,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.benchmarks.scaling", description=__doc__)
     parser.add_argument("--steps", type=int, default=100, help="training steps of a run")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a worker, and of the bare loops")
+    parser.add_argument("--constants", type=Path, metavar="OUT", help="write the constants here, for `yan plan`")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder whose scaling.jsonl gets a line")
     chosen = parser.parse_args(args)
@@ -159,38 +310,55 @@ def main(args: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("RAY_worker_niceness", "0")  # as the plain loops have; by default Ray gives its workers 15
     rows: list[dict[str, Any]] = []
-    constants: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder, steps = Path(scratch), chosen.steps
+        folder, steps, of_worker = Path(scratch), chosen.steps, chosen.batch_size
         with ray_session(1, 1):
-            prepare(run_config(folder, steps, chosen.batch_size, "data"), folder / "prepared")
-        for workers in (1, 2):
-            hardware = calibrate(folder, steps, chosen.batch_size, workers)
-            constants[f"{workers} at once"] = vars(hardware)
-            print(f"{workers} at once:", {name: float(f"{v:.4g}") for name, v in vars(hardware).items()}, flush=True)
-            for name, model, rows_each in (("5M", MODEL, 2 * chosen.batch_size), ("small", SMALL, chosen.batch_size)):
-                batch_size = rows_each * workers
-                config = run_config(folder, steps, batch_size, f"{name}{workers}", workers, model)
-                first, last, seconds, _ = with_ray(config, folder)
-                job = as_seen(Job.of(config, 1e9, workers), config, folder / config.name / "prepared", last)
-                plan, measured_s = make_plan(job, hardware), seconds / (last - first)
-                row = {
-                    "model": name,
-                    "workers": workers,
-                    "rows_of_a_worker": rows_each,
-                    "predicted_ms": 1000 * plan.step_s,
-                    "measured_ms": 1000 * measured_s,
-                    "error": plan.step_s / measured_s - 1,
-                    "communicate_ms": 1000 * plan.communicate_s,
-                    "read_ms": 1000 * plan.read_s,
-                }
-                rows.append(row)
-                print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
+            prepare(run_config(folder, steps, of_worker, "data"), folder / "prepared")
+        hardware = calibrate(folder, steps, of_worker)
+        print({name: float(f"{v:.4g}") for name, v in vars(hardware).items()}, flush=True)
+        for name, model, rows_each, workers in (
+            ("5M", MODEL, of_worker, 1),  # what the constants were measured with, and where Ray's are
+            ("5M", MODEL, 2 * of_worker, 1),
+            ("small", SMALL, of_worker, 1),
+            ("5M", MODEL, of_worker, 2),
+            ("small", SMALL, of_worker, 2),
+        ):
+            config = run_config(folder, steps, rows_each * workers, f"run{len(rows)}", workers, model)
+            with Beside() as beside:
+                stretches = ray_steps(config)
+            if not rows:
+                hardware = replace(hardware, ray_cores=beside.cores)
+            job = as_seen(config, folder / config.name / "prepared", workers)
+
+            def predicted_s(
+                stretch: Stretch, job: Callable[[Stretch], Job] = job, hardware: Hardware = hardware
+            ) -> float:
+                return make_plan(job(stretch), hardware).step_s * (stretch.last - stretch.first)
+
+            plan = make_plan(job(Stretch(0, steps, 0.0)), hardware)
+            measured_s = plan.step_s * quiet(stretches, predicted_s)
+            row = {
+                "model": name,
+                "workers": workers,
+                "rows_of_a_worker": rows_each,
+                "predicted_ms": 1000 * plan.step_s,
+                "measured_ms": 1000 * measured_s,
+                "error": plan.step_s / measured_s - 1,
+                "compute_ms": 1000 * plan.compute_s,
+                "communicate_ms": 1000 * plan.communicate_s,
+                "read_ms": 1000 * plan.read_s,
+                "stretches": len(stretches),
+                "load_average": os.getloadavg()[0],
+            }
+            rows.append(row)
+            print({k: v if isinstance(v, str) else round(v, 3) for k, v in row.items()}, flush=True)
+    if chosen.constants:
+        write_file(chosen.constants, json.dumps(vars(hardware), indent=1) + "\n")
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": code_commit(),
         "machine": describe(torch.device("cpu")),
-        "hardware": constants,
+        "hardware": vars(hardware),
         "rows": rows,
     }
     leave(report, chosen.results, "scaling", chosen.json)
