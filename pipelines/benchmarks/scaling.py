@@ -111,7 +111,7 @@ def _bare(rank: int, config: RunConfig, prepared: Path, found: Any) -> None:
 def bare_steps(config: RunConfig, prepared: Path, processes: int) -> list[Stretch]:
     """Stretches of plain loops, so many at once."""
     found = mp.get_context("spawn").SimpleQueue()
-    running = mp.spawn(_bare, (config, prepared, found), nprocs=processes, join=False)  # type: ignore[attr-defined]
+    running: Any = mp.spawn(_bare, (config, prepared, found), nprocs=processes, join=False)  # type: ignore[attr-defined]
     stretches = [stretch for _ in range(processes) for stretch in found.get()]
     while not running.join():
         pass
