@@ -31,7 +31,7 @@ class Hardware:
         node_bytes_per_s: Rate of collectives within a node.
         network_bytes_per_s: Rate of collectives between nodes.
         latency_s: Time of the smallest collective.
-        fixed_s: Time of a step that does not depend on its rows: starting operations, the optimizer.
+        block_s: Time of a block's pass, there and back, that does not depend on the rows: starting its operations.
         crowding: Share of the efficiency that is left when all workers of a node compute at once.
         overlap: Share of the backward pass (FSDP: of all computing) that collectives can hide behind; 0 where they take
             the workers' own cores.
@@ -55,7 +55,7 @@ class Hardware:
     network_bytes_per_s: float
     latency_s: float = 30e-6
     overlap: float = 1.0
-    fixed_s: float = 0.0
+    block_s: float = 0.0
     crowding: float = 1.0
     copy_bytes_per_s: float = 20e9
     storage_bytes_per_s: float = 2e9
@@ -186,6 +186,13 @@ def row_flops(job: Job) -> tuple[float, float]:
     return forward, 2 * (2 * (read + flow) + decoder)
 
 
+def block_passes(job: Job) -> float:
+    """How often a batch goes through a block in a step of stages 2 and 3."""
+    c = job.model
+    encoders = c.target_encoder.num_blocks + (c.target_encoder if c.share_encoder else c.source_encoder).num_blocks
+    return encoders + (1 + job.solver_steps) * c.flow_blocks + c.decoder_blocks
+
+
 def peak_flops(device_name: str) -> float | None:
     """Peak rate of a GPU by the name that its driver gives, in floating-point operations a second; None: not known."""
     return next((h.flops_per_s for name, h in HARDWARE.items() if name in device_name.lower()), None)
@@ -262,6 +269,24 @@ def communicate_s(job: Job, hardware: Hardware, learning: float, everything: flo
     return moved * (n - 1) / n / rate + 2 * math.ceil(math.log2(n)) * hardware.latency_s
 
 
+def shared_step_s(own_s: float, read_s: float, workers: int, hardware: Hardware) -> float:
+    """The least time of a step where workers, reading and Ray share a node's cores.
+
+    Where each worker has a core, reading and Ray take what is left, and then time from a worker for which the others
+    wait. With more workers than cores all of it is spread over the cores.
+
+    Args:
+        own_s: Core seconds of a worker's step.
+        read_s: Core seconds of reading for it.
+        workers: Workers of the node.
+        hardware: `shared_cores` and `ray_cores`.
+    """
+    free = hardware.shared_cores - workers
+    if free >= 0 and hardware.ray_cores < 1 + free:
+        return (own_s + workers * read_s) / (1 + free - hardware.ray_cores)
+    return workers * (own_s + read_s) / (hardware.shared_cores - hardware.ray_cores)
+
+
 def make_plan(job: Job, hardware: Hardware) -> Plan:
     """Time, cost and bottleneck of a training, and the checkpoint interval to choose."""
     forward, backward = row_flops(job)
@@ -270,15 +295,15 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
     on_node = min(job.num_workers, hardware.workers_per_node)
     alone = 1 - (on_node - 1) / max(1.0, hardware.workers_per_node - 1)  # 1: has the node to itself, 0: it is full
     rate = hardware.flops_per_s * hardware.efficiency * (alone + (1 - alone) * hardware.crowding)
-    compute = hardware.fixed_s + rows * (forward + backward) / rate
+    compute = hardware.block_s * block_passes(job) + rows * (forward + backward) / rate
     collectives = communicate_s(job, hardware, learning, everything)
     read = rows * (job.source_tokens + job.target_tokens) / (hardware.tokens_per_core_s * hardware.cores)
     # Gradients travel while the rest of the backward pass runs; what FSDP gathers, while its blocks compute.
     hidden = hardware.overlap * (rows * backward / rate if job.strategy == "ddp" else compute)
     own = compute - hidden + max(hidden, collectives)
     step = max(own, read)
-    if hardware.shared_cores:  # what is to be done on a node in a step, by the cores that Ray leaves
-        step = max(own, on_node * (own + read * hardware.cores) / (hardware.shared_cores - hardware.ray_cores))
+    if hardware.shared_cores:
+        step = max(own, shared_step_s(own, read * hardware.cores, on_node, hardware))
     steps = job.tokens / (job.batch_rows * job.target_tokens)
 
     shards = job.num_workers if job.strategy == "fsdp" else 1

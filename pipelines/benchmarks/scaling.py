@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 from pipelines.benchmarks.machine import RESULTS, describe, leave, matmul_rate, quartiles
 from pipelines.benchmarks.ray_overhead import MODEL, START_S, run_config
 from pipelines.cluster import ray_session
-from pipelines.plan import Hardware, Job, make_plan, num_parameters, row_flops
+from pipelines.plan import Hardware, Job, block_passes, make_plan, num_parameters, row_flops
 from pipelines.prepare import prepare
 from yan_core.config import RunConfig
 from yan_core.files import code_commit, write_file
@@ -178,27 +178,29 @@ def checkpoint_rates(folder: Path, megabytes: int = 200) -> tuple[float, float]:
 
 
 class Beside:
-    """CPU cores that all processes below this one, and this one, keep busy beside a training's one worker.
+    """CPU cores that are kept busy beside the workers of a training, while it computes: by Ray and by others.
 
-    What the worker's other threads take beyond a core counts too. The first START_S seconds of training are left out.
+    Ray's are those of all processes below this one, of this one, and what a worker takes beyond a core. The first
+    START_S seconds of training are left out.
     """
 
     def __enter__(self) -> Beside:
-        self.ticks: list[tuple[float, float]] = []  # (seconds, CPU seconds beside) while the worker computed
+        self.ticks: list[tuple[float, float, float]] = []  # seconds, CPU seconds of Ray, CPU seconds of others
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
-        before, at = self._look(), time.perf_counter()
+        before, busy, at = self._look(), busy_s(), time.perf_counter()
         while not self.stopped.wait(1.0):
-            now, then, at = self._look(), at, time.perf_counter()
+            now, now_busy, then, at = self._look(), busy_s(), at, time.perf_counter()
             taken = {who: cpu_s - before[who] for who, cpu_s in now.items() if who in before}
-            worker = sum(cpu_s for (_, is_worker), cpu_s in taken.items() if is_worker)
-            if worker > 0.3 * (at - then):
-                self.ticks.append((at - then, sum(taken.values()) - min(worker, at - then)))
-            before = now
+            workers = [cpu_s for (_, of_worker), cpu_s in taken.items() if of_worker]
+            ours, computing = sum(taken.values()), sum(min(cpu_s, at - then) for cpu_s in workers)
+            if computing > 0.3 * (at - then):
+                self.ticks.append((at - then, ours - computing, max(0.0, now_busy - busy - ours)))
+            before, busy = now, now_busy
 
     def _look(self) -> dict[tuple[int, bool], float]:
         here, found = psutil.Process(), {}
@@ -215,10 +217,17 @@ class Beside:
         self.thread.join()
 
     @property
-    def cores(self) -> float:
-        """The mean; 0 where the training was too short to tell."""
+    def cores(self) -> tuple[float, float]:
+        """Means of Ray's and of others'; 0 where the training was too short to tell."""
         ticks = self.ticks[int(START_S) :]
-        return sum(cpu_s for _, cpu_s in ticks) / sum(s for s, _ in ticks) if ticks else 0.0
+        seconds = max(1e-9, sum(s for s, _, _ in ticks))
+        return sum(ray_s for _, ray_s, _ in ticks) / seconds, sum(others_s for _, _, others_s in ticks) / seconds
+
+
+def busy_s() -> float:
+    """CPU seconds that this machine's cores have been busy since it started."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -268,9 +277,10 @@ def calibrate(folder: Path, steps: int, batch_size: int) -> Hardware:
 
     (full_s, full), (part_s, part) = mean_step(batch_size, 1), mean_step(batch_size // 4, 1)
     both_s, _ = mean_step(batch_size, 2)
-    fixed_s = max(0.0, full_s - full * (full_s - part_s) / (full - part))
+    fixed_s = max(0.0, full_s - full * (full_s - part_s) / (full - part))  # of no rows at all
     config = run_config(folder, steps, batch_size, "bare")
-    _, learning = num_parameters(as_seen(config, prepared)(Stretch(0, steps, 0.0)))
+    job = as_seen(config, prepared)(Stretch(0, steps, 0.0))
+    _, learning = num_parameters(job)
     large, small = all_reduce_s(int(learning))
     copy, write = checkpoint_rates(folder)
     return Hardware(
@@ -282,7 +292,7 @@ def calibrate(folder: Path, steps: int, batch_size: int) -> Hardware:
         network_bytes_per_s=1e9,
         latency_s=small / 2,
         overlap=0.0,
-        fixed_s=fixed_s,
+        block_s=fixed_s / block_passes(job),
         crowding=min(1.0, (full_s - fixed_s) / (both_s - fixed_s)),
         copy_bytes_per_s=copy,
         storage_bytes_per_s=write,
@@ -326,16 +336,17 @@ def main(args: Sequence[str] | None = None) -> int:
             config = run_config(folder, steps, rows_each * workers, f"run{len(rows)}", workers, model)
             with Beside() as beside:
                 stretches = ray_steps(config)
+            rays, others = beside.cores
             if not rows:
-                hardware = replace(hardware, ray_cores=beside.cores)
+                hardware = replace(hardware, ray_cores=rays)
+            # What others take is no constant: it is measured in each run, and taken from the cores as Ray's is.
+            busy = replace(hardware, ray_cores=min(hardware.ray_cores + others, hardware.shared_cores - 0.1))
             job = as_seen(config, folder / config.name / "prepared", workers)
 
-            def predicted_s(
-                stretch: Stretch, job: Callable[[Stretch], Job] = job, hardware: Hardware = hardware
-            ) -> float:
+            def predicted_s(stretch: Stretch, job: Callable[[Stretch], Job] = job, hardware: Hardware = busy) -> float:
                 return make_plan(job(stretch), hardware).step_s * (stretch.last - stretch.first)
 
-            plan = make_plan(job(Stretch(0, steps, 0.0)), hardware)
+            plan = make_plan(job(Stretch(0, steps, 0.0)), busy)
             measured_s = plan.step_s * quiet(stretches, predicted_s)
             row = {
                 "model": name,
@@ -343,6 +354,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 "rows_of_a_worker": rows_each,
                 "predicted_ms": 1000 * plan.step_s,
                 "measured_ms": 1000 * measured_s,
+                "predicted_alone_ms": 1000 * make_plan(job(Stretch(0, steps, 0.0)), hardware).step_s,
+                "others_cores": others,
                 "error": plan.step_s / measured_s - 1,
                 "compute_ms": 1000 * plan.compute_s,
                 "communicate_ms": 1000 * plan.communicate_s,

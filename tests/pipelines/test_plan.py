@@ -11,6 +11,7 @@ from pipelines.cli import main
 from pipelines.plan import (
     HARDWARE,
     Job,
+    block_passes,
     checkpoint_interval,
     communicate_s,
     lost_share,
@@ -18,6 +19,7 @@ from pipelines.plan import (
     num_parameters,
     peak_flops,
     row_flops,
+    shared_step_s,
     simulate,
 )
 from tests.yan_core.tiny import random_rows
@@ -157,20 +159,24 @@ def test_as_many_cores_read_as_a_worker_needs_not_to_wait():
 
 
 def test_workers_reading_and_ray_share_a_nodes_cores():
-    """Two cores of which a half is Ray's: what two workers compute and read takes 2 / 1.5 of the time."""
-    job = replace(JOB, num_workers=2)
-    alone = replace(H200, node_bytes_per_s=1e15, latency_s=1e-9, workers_per_node=2, cores=1.0)
-    shared = replace(alone, shared_cores=2.0, ray_cores=0.5)
-    apart, together = make_plan(job, alone), make_plan(job, shared)
-    assert together.step_s == pytest.approx(2 * (apart.compute_s + apart.read_s) / 1.5)
-    one = make_plan(replace(job, num_workers=1), replace(shared, tokens_per_core_s=1e12))
-    assert one.step_s == pytest.approx(one.compute_s)
+    """Half a core is Ray's: of two cores one worker does not notice, of two workers each waits, three share."""
+    apart = replace(H200, node_bytes_per_s=1e15, latency_s=1e-9, workers_per_node=3, cores=1.0)
+    shared = replace(apart, shared_cores=2.0, ray_cores=0.5)
+    for workers, times in ((1, 1.0), (2, 1 / (1 - 0.5)), (3, 3 / (2 - 0.5))):
+        job = replace(JOB, num_workers=workers, batch_rows=64 * workers)
+        own = make_plan(job, replace(apart, tokens_per_core_s=1e30)).step_s
+        assert make_plan(job, replace(shared, tokens_per_core_s=1e30)).step_s == pytest.approx(times * own)
+    read_s = make_plan(JOB, apart).read_s
+    assert shared_step_s(1.0, read_s, 2, shared) == pytest.approx((1 + 2 * read_s) / 0.5)
 
 
-def test_a_step_has_a_part_that_its_rows_do_not_change():
+def test_each_pass_through_a_block_has_a_part_that_rows_do_not_change():
+    """Two encoders of one and two blocks, three flow blocks at t = 0, at t and for two more solver steps, a decoder."""
     fast = replace(H200, tokens_per_core_s=1e30)
-    plain, with_fixed = (make_plan(replace(JOB, num_workers=1), replace(fast, fixed_s=s)) for s in (0.0, 0.1))
-    assert with_fixed.step_s == pytest.approx(plain.step_s + 0.1)
+    job = replace(JOB, num_workers=1)
+    assert block_passes(job) == 1 + 2 + (1 + 3) * 3 + MODEL.decoder_blocks
+    plain, with_starts = (make_plan(job, replace(fast, block_s=s)) for s in (0.0, 0.1))
+    assert with_starts.step_s == pytest.approx(plain.step_s + 0.1 * block_passes(job))
 
 
 def test_a_full_node_computes_with_what_crowding_leaves():
