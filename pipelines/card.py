@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.evaluation import Quality
+from pipelines.listing import locate
 from pipelines.prepare import corpora_of
-from pipelines.sources import find_dataset, locate
+from pipelines.sources import find_dataset
 from yan_core.card import PIPELINE_TAGS, Evidence
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_commit

@@ -1,8 +1,9 @@
 """Which texts of a corpus are there already: equal ones by a hash, similar ones by MinHash and its bands.
 
 Texts of all data sets of the corpus are compared, in their normal form; of each group of duplicates the first one
-stays. Of the task's training rows, those with the same source and target are. Signatures are
-written piece by piece, and compared band by band: no task and no process holds all of them.
+stays. Of the task's training rows, those with the same source and target are. What is left out for another reason, as a
+row that is held out, is no duplicate of anything. Signatures are written piece by piece, and compared band by band: no
+task and no process holds all of them.
 Source: Broder 1997, "On the resemblance and containment of documents"; Lee et al. 2022, arXiv:2107.06499.
 """
 
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.encode import Encode, clean, document_key, task_fields
-from pipelines.sources import UnreadableFile
+from pipelines.documents import document_key, text_key
+from pipelines.encode import Encode
+from pipelines.listing import UnreadableFile
 from yan_core.files import atomic_folder
 
 PERMUTATIONS = 128
@@ -69,7 +71,8 @@ class Sign:
         path, config = self.path(number), self.encode.data.clean
         if path.is_dir():
             return
-        near = config.duplicates == "near" and self.encode.task is None
+        near = config.near_threshold if config.duplicates == "near" and self.encode.task is None else None
+        key_of = document_key if self.encode.task is None else text_key
         rows, keys = [], []
         try:
             for batch in self.encode.source.rows(self.encode.source.pieces[number]):
@@ -77,7 +80,7 @@ class Sign:
                 texts = {n: text for n, text in read if text}
                 if texts:
                     rows += list(texts)
-                    keys.append(signatures(list(texts.values()), config.near_threshold if near else None))
+                    keys.append(signatures(list(texts.values()), key_of, near))
         except UnreadableFile:
             pass  # the encoding sets the file aside, with the reason
         with atomic_folder(path) as folder:
@@ -85,20 +88,21 @@ class Sign:
             np.save(folder / "keys.npy", np.concatenate(keys) if keys else np.zeros((0, 1), np.uint64))
 
     def _text(self, row: dict[str, Any]) -> str:
-        """What a row is compared by; empty where it is unusable, which its encoding tells."""
-        encode = self.encode
-        if encode.task is None:
-            text = row.get(encode.source.dataset.columns.get("text", encode.data.corpus_column))
-            return clean(text, encode.data.clean).strip() if isinstance(text, str) else ""
+        """What a row is compared by; empty where it is unusable or left out, which its encoding tells."""
         try:
-            return "\0".join(encode.task.pair(task_fields(row, encode.source, encode.task, encode.data.clean)))
+            if self.encode.task is None:
+                text, reason = self.encode.plain(row)
+            else:
+                _, source, target, reason = self.encode.pair(row)
+                text = f"{source}\0{target}"
         except ValueError:
             return ""
+        return "" if reason else text
 
 
-def signatures(texts: Sequence[str], near_threshold: float | None) -> np.ndarray:
+def signatures(texts: Sequence[str], key_of: Callable[[str], int], near_threshold: float | None) -> np.ndarray:
     """Keys of texts, uint64, [texts, 1 + bands]: that of the whole text, and those of its bands where asked."""
-    exact = np.array([[document_key(t)] for t in texts], np.uint64)
+    exact = np.array([[key_of(t)] for t in texts], np.uint64)
     return exact if near_threshold is None else np.hstack([exact, band_keys(texts, near_threshold)])
 
 

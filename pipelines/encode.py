@@ -1,15 +1,14 @@
 """A piece of a data set -> shards of token ids, or of text: what one task of `yan prepare` does.
 
-A task reads and writes a thousand rows at a time. What it did is written last, in a record of its own; a piece with a
-record is not done again.
+A task reads and writes a thousand rows at a time, in a folder of its own whose files are moved to their places when all
+are written. What it did is written last, in a record; a piece with a record is not done again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import unicodedata
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources import Piece, Rows, Source, UnreadableFile, fields_of, value_at
-from yan_core.config import CleanConfig, DataConfig
+from pipelines.documents import clean, document_of, split_of, task_fields, text_column
+from pipelines.listing import UnreadableFile
+from pipelines.sources import Piece, Rows, Source, value_at
+from yan_core.config import DataConfig
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task
 from yan_core.tokenization import Tokenizer
@@ -47,7 +48,8 @@ class Record:
 
     Attributes:
         files: Shards written, below the prepared folder: rows, bytes and SHA-256 of each.
-        rows: Usable rows of each part (`finetune`, `flow`, `validation`, `test`).
+        usable: Rows that can be used, whatever split they fall into or are left out for.
+        rows: Rows written of each part (`finetune`, `flow`, `validation`, `test`).
         tokens: Tokens written.
         bad: Rows set aside because they cannot be used.
         first_bad: Reason and row of the first of these.
@@ -59,6 +61,7 @@ class Record:
     """
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    usable: int = 0
     rows: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     bad: int = 0
@@ -86,40 +89,6 @@ class Record:
 @lru_cache(maxsize=2)
 def _tokenizer(text: str) -> Tokenizer:
     return Tokenizer.from_json(text)
-
-
-def document_key(text: str) -> int:
-    """64-bit hash of a document's name or text; white space and case do not count."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).digest(), "little")
-
-
-def split_of(key: int, held_out: float) -> str:
-    """The split that a document falls into, by its key alone: `train`, `validation` or `test`."""
-    place = key / 2**64
-    return "validation" if place < held_out else "test" if place < 2 * held_out else "train"
-
-
-def clean(text: str, config: CleanConfig) -> str:
-    """A text in its normal form, without control characters and white space around it."""
-    if not config.unicode:
-        return text
-    text = unicodedata.normalize(config.unicode, text)
-    if not text.isprintable():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
-    return text.strip()
-
-
-def task_fields(row: dict[str, Any], source: Source, task: Task, config: CleanConfig) -> dict[str, Any]:
-    """A row under its template fields, its texts in their normal form."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, list):
-            return [cleaned(entry) for entry in value]
-        return clean(value, config) if isinstance(value, str) else value
-
-    fields = fields_of(row, source.dataset.columns)
-    used = {name for name in (*task.fields, *task.source_fields, task.references) if name in fields}
-    return {**fields, **{name: cleaned(fields[name]) for name in used}}
 
 
 class ShardWriter:
@@ -222,27 +191,37 @@ class Encode:
         if done is not None:
             return done
         os.environ.setdefault("RAYON_NUM_THREADS", str(self.threads))  # of the tokenizer, before its first use
+        scratch = self.folder / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{self.name}-{number:06d}-", dir=scratch) as own:
+            record = self._write(number, Path(own))
+            for file in (file for file in Path(own).rglob("*") if file.is_file()):
+                place = self.folder / file.relative_to(own)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        write_file(self.record_path(number), json.dumps(vars(record)))
+        return record
+
+    def _write(self, number: int, folder: Path) -> Record:
+        """Write a piece's shards, and the rows that are set aside, to a folder."""
         piece, record = self.source.pieces[number], Record()
         stem = f"{self.source.name}-{number:06d}"
         writers: dict[str, ShardWriter] = {}
 
         def writer(part: str, schema: str) -> ShardWriter:
             if part not in writers:
-                writers[part] = ShardWriter(self.folder, part, stem, SCHEMAS[schema], self.data.rows_per_shard)
+                writers[part] = ShardWriter(folder, part, stem, SCHEMAS[schema], self.data.rows_per_shard)
             return writers[part]
 
-        quarantine = self.folder / "quarantine" / self.split / f"{stem}.jsonl"
-        quarantine.unlink(missing_ok=True)
+        quarantine = folder / "quarantine" / self.split / f"{stem}.jsonl"
         path = self.duplicates_path(number)
         duplicates = set(np.load(path).tolist()) if path.is_file() else set()
+        do = self._windows if self.task is None else self._pairs
         try:
             for batch in self.source.rows(piece):
+                bad = [{**b, "row": None} for b in batch.bad] + do(batch, duplicates, record, writer)
                 record.filtered += batch.filtered
-                bad = [{**b, "row": None} for b in batch.bad]
-                if self.task is None:
-                    bad += self._windows(batch, duplicates, record, writer)
-                else:
-                    bad += self._pairs(batch, duplicates, record, writer)
+                record.usable += len(batch.rows) + len(batch.bad) - len(bad)
                 if bad:
                     record.bad += len(bad)
                     record.first_bad = record.first_bad or {"file": piece.where, **bad[0]}
@@ -253,25 +232,64 @@ class Encode:
         for part, shards in writers.items():
             record.files |= shards.close()
             record.rows[part] += shards.total
-        write_file(self.record_path(number), json.dumps(vars(record)))
         return record
+
+    def plain(self, row: dict[str, Any]) -> tuple[str, str]:
+        """A row of a corpus: its text in its normal form, and why it is left out, or empty.
+
+        Raises:
+            ValueError: If it has no text.
+        """
+        column = text_column(self.source, self.data)
+        text = value_at(row, column)
+        if not isinstance(text, str):
+            raise ValueError(f"{column!r} must be text, got {text!r:.80} ({type(text).__name__})")
+        text, config = clean(text, self.data.clean), self.data.clean
+        if not text.strip():
+            return text, "blank"
+        if len(text) < config.min_chars:
+            return text, "too short"
+        if config.max_chars and len(text) > config.max_chars:
+            return text, "too long"
+        return text, self._of_other_split(row, text)
+
+    def pair(self, row: dict[str, Any]) -> tuple[dict[str, Any], str, str, str]:
+        """A row of the task: its fields, source and target, and why it is not trained on, or empty.
+
+        Raises:
+            ValueError: If it cannot be used; the message says which field.
+        """
+        assert self.task is not None
+        fields = task_fields(row, self.source, self.task, self.data.clean)
+        source, target = self.task.pair(fields)
+        return fields, source, target, self._of_other_split(row, fields[self.task.document])
+
+    def _of_other_split(self, row: dict[str, Any], text: str) -> str:
+        dataset = self.source.dataset
+        if not dataset.held_out and not len(self.kept_out):
+            return ""
+        key = document_of(row, self.source, text)
+        if dataset.held_out and split_of(key, dataset.held_out) != "train":
+            return "held out"
+        place = int(np.searchsorted(self.kept_out, np.uint64(key)))
+        return "in validation" if place < len(self.kept_out) and int(self.kept_out[place]) == key else ""
 
     def _windows(
         self, batch: Rows, duplicates: set[int], record: Record, writer: Callable[[str, str], ShardWriter]
     ) -> list[dict[str, Any]]:
         """Plain texts -> windows of token ids; gives the rows that are no text."""
-        column, bad, texts = self.source.dataset.columns.get("text", self.data.corpus_column), [], []
+        bad, texts = [], []
         for number, row in zip(batch.numbers, batch.rows, strict=True):
-            text = row.get(column)
-            if not isinstance(text, str):
-                reason = f"{column!r} must be text, got {text!r} ({type(text).__name__})"
-                bad.append({"row_number": number, "reason": reason, "row": {column: text}})
+            try:
+                text, reason = self.plain(row)
+            except ValueError as error:
+                bad.append({"row_number": number, "reason": str(error), "row": row})
                 continue
-            reason = "duplicate" if number in duplicates else self._unwanted(text, row)
+            reason = reason or ("duplicate" if number in duplicates else "")
             if reason:
                 record.dropped[reason] += 1
             else:
-                texts.append(clean(text, self.data.clean))
+                texts.append(text)
         self._write_windows(texts, record, writer)
         return bad
 
@@ -287,78 +305,52 @@ class Encode:
             windows = lists(values, starts, np.minimum(size, np.repeat(offsets[1:], counts) - starts))
             writer("flow", "flow").add(pa.table({"target": windows}, SCHEMAS["flow"]))
 
-    def _unwanted(self, text: str, row: dict[str, Any]) -> str:
-        """Why a text is left out, or empty."""
-        config = self.data.clean
-        if not text.strip():
-            return "blank"
-        if len(text) < config.min_chars:
-            return "too short"
-        if config.max_chars and len(text) > config.max_chars:
-            return "too long"
-        return self._of_other_split(row, text)
-
-    def _of_other_split(self, row: dict[str, Any], text: str) -> str:
-        dataset = self.source.dataset
-        if not dataset.held_out and not len(self.kept_out):
-            return ""
-        key = _document_of(row, self.source, text)
-        if dataset.held_out and split_of(key, dataset.held_out) != "train":
-            return "held out"
-        place = int(np.searchsorted(self.kept_out, np.uint64(key)))
-        return "in validation" if place < len(self.kept_out) and int(self.kept_out[place]) == key else ""
-
     def _pairs(
         self, batch: Rows, duplicates: set[int], record: Record, writer: Callable[[str, str], ShardWriter]
     ) -> list[dict[str, Any]]:
         """Rows -> the task's pairs; gives the unusable ones."""
         assert self.task is not None
-        bad, good = [], []
+        bad, kept = [], []
+        texts: dict[str, list[dict[str, Any]]] = {}
         for number, row in zip(batch.numbers, batch.rows, strict=True):
-            fields = task_fields(row, self.source, self.task, self.data.clean)
             try:
-                good.append((number, row, fields, *self.task.pair(fields)))
+                fields, source, target, reason = self.pair(row)
             except ValueError as error:
                 bad.append({"row_number": number, "reason": str(error), "row": row})
-        if self.split == "train":
-            kept = []
-            for entry in good:
-                number, row, fields = entry[:3]
-                duplicate = "duplicate" if number in duplicates else ""
-                reason = duplicate or self._of_other_split(row, fields[self.task.document])
-                if reason:
-                    record.dropped[reason] += 1
-                else:
-                    kept.append(entry)
-            return bad + self._write_pairs(kept, record, writer)
-        texts: dict[str, list[dict[str, Any]]] = {}
-        for _, row, fields, source, target in good:
-            part = self._held_out_part(row, fields[self.task.document])
-            if part:
-                texts.setdefault(part, []).append(_as_text(fields, source, target, self.task))
+                continue
+            if self.split != "train":
+                part = self._held_out_part(row, fields[self.task.document])
+                if part:
+                    texts.setdefault(part, []).append(_as_text(fields, source, target, self.task))
+                continue
+            reason = reason or ("duplicate" if number in duplicates else "")
+            if reason:
+                record.dropped[reason] += 1
+            else:
+                kept.append((number, row, source, target))
         for part, rows in texts.items():
             writer(part, "text").add(pa.Table.from_pylist(rows, SCHEMAS["text"]))
-        return bad
+        return bad + self._write_pairs(kept, record, writer)
 
     def _held_out_part(self, row: dict[str, Any], document: str) -> str:
         """The part that a row which is not trained on belongs to; empty: none."""
         dataset = self.source.dataset
         if not dataset.held_out:
             return self.split
-        part = split_of(_document_of(row, self.source, document), dataset.held_out)
+        part = split_of(document_of(row, self.source, document), dataset.held_out)
         return "" if part == "train" else part
 
     def _write_pairs(
         self,
-        entries: list[tuple[int, dict[str, Any], dict[str, Any], str, str]],
+        entries: list[tuple[int, dict[str, Any], str, str]],
         record: Record,
         writer: Callable[[str, str], ShardWriter],
     ) -> list[dict[str, Any]]:
         """Encode pairs and write them; gives the rows whose target is too long."""
         assert self.task is not None
         tokenizer, limit, longest = _tokenizer(self.tokenizer), self.data.max_target_tokens, self.data.max_source_tokens
-        sources, source_offsets = tokenizer.encode_arrays([e[3] for e in entries])
-        targets, target_offsets = tokenizer.encode_arrays([e[4] for e in entries])
+        sources, source_offsets = tokenizer.encode_arrays([e[2] for e in entries])
+        targets, target_offsets = tokenizer.encode_arrays([e[3] for e in entries])
         target_lengths, cut = np.diff(target_offsets), np.maximum(0, np.diff(source_offsets) - longest)
         fits = target_lengths <= limit
         bad = []
@@ -378,7 +370,7 @@ class Encode:
         }
         writer("finetune", "finetune").add(pa.table(columns, SCHEMAS["finetune"]))
         if not self.data.corpus and not self.data.mixture and self.source.dataset.format != "world":
-            self._write_windows([entries[i][3] for i in np.flatnonzero(fits)], record, writer)
+            self._write_windows([entries[i][2] for i in np.flatnonzero(fits)], record, writer)
         return bad
 
 
@@ -396,46 +388,9 @@ def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
     return _as_text(fields, *task.pair(fields), task)
 
 
-def _document_of(row: dict[str, Any], source: Source, text: str) -> int:
-    """Key of the document that a row belongs to; `text` where no column names it."""
-    column = source.dataset.document
-    named = value_at(row, column) if column else None
-    return document_key(text if named is None else str(named))
-
-
 def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
     """Append unusable rows with file, row and reason to a file of the quarantine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as out:
         for entry in bad:
             out.write(json.dumps({"file": piece.where, **entry}, default=str, ensure_ascii=False) + "\n")
-
-
-def keys_of(source: Source, task: Task, config: CleanConfig, held_out: float) -> tuple[set[int], set[int]]:
-    """Keys of documents that are not trained on, and of all texts in the fields of their rows.
-
-    Args:
-        source: The rows; an unreadable file's are left out.
-        task: Their template.
-        config: Of the texts' normal form.
-        held_out: Share of the rows' documents that is held out; 0: all of them are.
-    """
-    documents: set[int] = set()
-    texts: set[int] = set()
-    for piece in source.pieces:
-        try:
-            for batch in source.rows(piece):
-                for row in batch.rows:
-                    fields = task_fields(row, source, task, config)
-                    try:
-                        task.pair(fields)
-                        key: int | None = _document_of(row, source, fields[task.document])
-                    except ValueError:  # an unusable row, which is set aside when it is encoded
-                        key = None
-                    if held_out and (key is None or split_of(key, held_out) == "train"):
-                        continue
-                    documents |= set() if key is None else {key}
-                    texts |= {document_key(text) for text in fields.values() if isinstance(text, str) and text}
-        except UnreadableFile:
-            continue
-    return documents, texts

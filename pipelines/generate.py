@@ -24,7 +24,7 @@ import ray.exceptions
 from pipelines.answer import ANSWERS, SHARD, Answer, Read, Settings, kept_names
 from pipelines.cluster import ray_session
 from pipelines.folders import difference, read_inputs, run_lock
-from pipelines.sources import ENDINGS, DataError, format_of, list_files, open_store, reason_of
+from pipelines.listing import ENDINGS, DataError, format_of, list_files, open_store, reason_of
 from pipelines.tables import Input, scan
 from yan_core.checkpoint import read_config
 from yan_core.config import unknown_name

@@ -26,8 +26,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import yan_core
 from pipelines.cli import UsageError, parse_config
+from pipelines.listing import locate
 from pipelines.prepare import corpora_of
-from pipelines.sources import find_dataset, locate
+from pipelines.sources import find_dataset
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_commit, code_fingerprint
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -23,26 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 import ray.exceptions
 
+from pipelines.checks import Watch, check_clean, check_corpus, check_counts, check_fields, check_records
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
-from pipelines.encode import SCHEMAS, Encode, Record, clean, keys_of, task_fields, text_row
+from pipelines.documents import KeepOut, clean, task_fields, text_column
+from pipelines.encode import SCHEMAS, Encode, Record, text_row
+from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of
 from pipelines.order import Shard
-from pipelines.sources import (
-    ENDINGS,
-    DataError,
-    Source,
-    UnreadableFile,
-    find_dataset,
-    format_of,
-    open_files,
-    open_source,
-    reason_of,
-)
+from pipelines.pieces import do_pieces
+from pipelines.sources import Source, find_dataset, open_files, open_source, value_at
 from yan_core.config import DataConfig, RunConfig, to_dict
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
@@ -119,159 +110,6 @@ def corpora_of(data: DataConfig) -> list[str]:
     return [data.corpus] if data.corpus else []
 
 
-# --- one task for each piece ------------------------------------------------------------------------------------------
-
-
-class _Do:
-    """(which job, number of a piece) -> what the job says of it, as JSON."""
-
-    def __init__(self, jobs: Sequence[Callable[[int], Any]]) -> None:
-        self.jobs = list(jobs)
-
-    def __call__(self, asked: pa.Table) -> pa.Table:
-        said = []
-        for row in asked.to_pylist():
-            done = self.jobs[row["job"]](row["piece"])
-            said.append(json.dumps(vars(done) if isinstance(done, Record) else None))
-        return pa.table({"job": asked.column("job"), "said": said})
-
-
-def do_pieces(
-    jobs: Sequence[Callable[[int], Any]],
-    counts: Sequence[int],
-    cpus: float,
-    say: Callable[[str], None],
-    every_s: float,
-    watch: Callable[[int, Any], None] = lambda job, said: None,
-) -> list[list[Any]]:
-    """Run jobs over their pieces on the cluster, with a line now and then.
-
-    Args:
-        jobs: Each takes the number of a piece.
-        counts: Pieces of each job.
-        cpus: Logical CPUs that a task takes.
-        say: Takes the lines.
-        every_s: Seconds between them.
-        watch: Told what a job said of a piece as it comes; what it raises ends the work.
-
-    Returns:
-        What each job said of its pieces, in any order.
-    """
-    asked = [{"job": j, "piece": n} for j, count in enumerate(counts) for n in range(count)]
-    if not asked:
-        return [[] for _ in jobs]
-    stream = ray.data.from_items(asked, override_num_blocks=len(asked)).map_batches(
-        _Do(jobs), batch_format="pyarrow", batch_size=1, num_cpus=cpus
-    )
-    found: list[list[Any]] = [[] for _ in jobs]
-    started = said_at = time.perf_counter()
-    for done, row in enumerate(stream.iter_rows(), start=1):
-        found[row["job"]].append(json.loads(row["said"]))
-        watch(row["job"], found[row["job"]][-1])
-        now = time.perf_counter()
-        if now - said_at >= every_s and done < len(asked):
-            said_at = now
-            rows = sum(sum(r["rows"].values()) for records in found for r in records if r)
-            tokens = sum(r["tokens"] for records in found for r in records if r)
-            left_s = (now - started) / done * (len(asked) - done)
-            rate = tokens / (now - started)
-            say(f"  {done}/{len(asked)} pieces, {rows} rows, {rate / 1000:.0f}k tok/s, left {left_s:.0f}s")
-    return found
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_fields(source: Source, task: Task) -> None:
-    columns = source.dataset.columns
-    for field in task.fields:
-        column = columns.get(field, field)
-        answers = columns.get(task.references, task.references) if field == task.target else ""
-        if not source.has(column) and not (answers and source.has(answers)):
-            raise DataError(
-                f"data set {source.name!r} has no column {column!r} for field {field!r} of task {task.name!r}; "
-                f"it has {', '.join(source.columns)}. Map it: data.datasets.{source.name}.columns.{field}=<column>"
-            )
-
-
-def _check_corpus(source: Source, data: DataConfig) -> None:
-    column = source.dataset.columns.get("text", data.corpus_column)
-    if source.columns and column not in source.columns:
-        raise DataError(
-            f"data set {source.name!r} has no column {column!r} (data.corpus_column); "
-            f"it has {', '.join(source.columns)}"
-        )
-
-
-def _check_counts(
-    name: str, split: str, good: int, bad: int, first: dict[str, Any], allowed: float, where: str
-) -> None:
-    if bad and bad > allowed * (good + bad):
-        share = math.ceil(1000 * bad / (good + bad)) / 1000
-        remedy = f", or let them be set aside with --data.bad_rows_allowed {share:g}" if good else ""
-        row = f"; {json.dumps(first['row'], default=str, ensure_ascii=False)[:300]}" if first.get("row") else ""
-        raise DataError(
-            f"{bad} of {good + bad} {split} rows of {name!r} cannot be used (data.bad_rows_allowed={allowed:g}). The "
-            f"first, row {first['row_number'] + 1} of {first['file']}: {first['reason']}{row}. {where}"
-            f"Mend the data{remedy}"
-        )
-    if good == 0:
-        raise DataError(f"data set {name!r} gave no {split} row: it is empty, or its filter `where` matches none")
-
-
-PART_OF = {"train": "finetune", "validation": "validation", "corpus": "flow"}
-"""Split of a job -> the part that its usable rows go to, the held-out ones apart."""
-
-
-def _check_records(job: Encode, records: Sequence[Record], so_far: bool = False) -> None:
-    """Stop where more rows or files than allowed are unusable."""
-    allowed, name, part = job.data.bad_rows_allowed, job.source.name, PART_OF[job.split]
-    unreadable, pieces = [r.unreadable for r in records if r.unreadable], len(job.source.pieces)
-    if len(unreadable) > allowed * pieces:
-        remedy = ", or let such files be set aside with --data.bad_rows_allowed" if pieces > 1 else ""
-        raise DataError(f"{unreadable[0]}. Mend it, or take it out{remedy}")
-    dropped = sum((r.dropped for r in records), Counter())
-    good = sum(r.rows[part] for r in records)
-    bad, first = sum(r.bad for r in records), next((r.first_bad for r in records if r.first_bad), {})
-    where = f"All of them are in {job.folder / 'quarantine' / job.split}. "
-    unread = pieces - len(records)
-    where += f"{unread} of {pieces} pieces were not read any more. " if unread else ""
-    _check_counts(name, job.split, good + dropped.total(), bad, first, allowed, where)
-    if not good and not so_far:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        raise DataError(
-            f"no {job.split} row of {name!r} is left ({reasons}): name other files for `validation`, or the column "
-            f"that tells documents apart in data.datasets.{name}.document, or see data.clean"
-        )
-
-
-class _Watch:
-    """Ends a preparation whose end is known: more rows or files than allowed are unusable already."""
-
-    PIECES = 8
-    """Pieces of a data set from which its size is told by those that are done."""
-
-    def __init__(self, jobs: Sequence[Encode]) -> None:
-        self.jobs = jobs
-        self.done: list[list[Record]] = [[] for _ in jobs]
-        self.rows, self.bad, self.unreadable = [0] * len(jobs), [0] * len(jobs), [0] * len(jobs)
-
-    def __call__(self, number: int, said: dict[str, Any]) -> None:
-        record, job = Record.of(said), self.jobs[number]
-        self.done[number].append(record)
-        self.rows[number] += sum(record.rows.values()) + record.dropped.total() + record.bad
-        self.bad[number] += record.bad
-        self.unreadable[number] += bool(record.unreadable)
-        allowed, pieces = job.data.bad_rows_allowed, len(job.source.pieces)
-        likely = self.rows[number] / len(self.done[number]) * pieces  # rows in all
-        told = len(self.done[number]) >= self.PIECES or not allowed
-        if self.unreadable[number] > allowed * pieces or (told and self.bad[number] > 2 * allowed * likely):
-            _check_records(job, self.done[number], so_far=True)
-
-
-# --- the steps --------------------------------------------------------------------------------------------------------
-
-
 def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]) -> Tokenizer:
     """A vocabulary from tokenizer.sample_rows rows of each data set, pieces in a seeded order."""
     task, limit = get_task(config.data.task), config.tokenizer.sample_rows
@@ -290,10 +128,8 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
 
     def texts() -> Iterator[str]:
         for source in corpora:
-            column = source.dataset.columns.get("text", config.data.corpus_column)
-            yield from (
-                clean(row[column], config.data.clean) for row in rows(source) if isinstance(row.get(column), str)
-            )
+            found = (value_at(row, text_column(source, config.data)) for row in rows(source))
+            yield from (clean(text, config.data.clean) for text in found if isinstance(text, str))
         for row in rows(pairs):
             yield from task.texts(task_fields(row, pairs, task, config.data.clean))
 
@@ -312,7 +148,8 @@ def _inputs(config: RunConfig, sources: Sequence[Source]) -> str:
     files = sorted({piece.where for source in sources for piece in source.pieces if os.path.isfile(piece.where)})
     known = {file: [os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files}
     data = {k: v for k, v in to_dict(config.data).items() if k not in ("pool_batches", "lanes", "bad_rows_allowed")}
-    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, known]
+    kept = [field.name for field in dataclasses.fields(Record)]  # of another version's records
+    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, known, kept]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -329,8 +166,8 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
 
     Args:
         config: Data, task, tokenizer and lengths.
-        folder: Where the result appears when it is complete; an earlier one is replaced. What is done so far is in
-            `<folder>.unfinished`, from which the same call goes on.
+        folder: Where the result appears when it is complete; an earlier one is replaced. What is done so far is below
+            `<folder>.unfinished`, from which the same call goes on; each state of settings and files has its own place.
         say: Takes progress lines.
 
     Raises:
@@ -340,15 +177,19 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     pairs = open_source(data, data.dataset, "train", config.seed)
     held_out = open_source(data, data.dataset, "validation", config.seed + 1)
     for source in (pairs, held_out):
-        _check_fields(source, task)
+        check_fields(source, task)
     corpora = [open_source(data, name, "train", config.seed) for name in corpora_of(data)]
     for source in corpora:
-        _check_corpus(source, data)
+        check_corpus(source, data)
+    check_clean(data.clean, corpora)
 
-    work, inputs = folder.with_name(f"{folder.name}.unfinished"), _inputs(config, [pairs, held_out, *corpora])
-    if work.exists() and (not (work / "inputs").is_file() or (work / "inputs").read_text() != inputs):
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    work = unfinished / _inputs(config, [pairs, held_out, *corpora])[:16]
+    others = [left for left in unfinished.glob("*") if left != work]
+    if others:
         say("  what an interrupted preparation left was made from other data or settings: it is done again")
-        shutil.rmtree(work)
+    for left in others:
+        shutil.rmtree(left, ignore_errors=True)  # a task of it may still write there
     tokenizer_file = work / "tokenizer.json"
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.from_json(tokenizer_file.read_text(encoding="utf-8"))
@@ -360,37 +201,40 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
         started = time.perf_counter()
         tokenizer = _train_tokenizer(config, pairs, corpora)
         say(f"  tokenizer: {tokenizer.vocab_size} tokens, trained in {time.perf_counter() - started:.1f} s")
-    write_file(work / "inputs", inputs)
     write_file(tokenizer_file, tokenizer.to_json())
 
     share = 0.0 if pairs.dataset.validation else pairs.dataset.held_out  # of the training rows themselves
-    none = np.zeros(0, np.uint64)
-    documents, texts = keys_of(held_out, task, data.clean, share) if corpora or not share else (set[int](), set[int]())
-    kept_out = none if share else np.array(sorted(documents), np.uint64)
-    kept_texts = np.array(sorted(documents | texts), np.uint64)  # a text of the corpus may be one of their passages
+    keep_out = KeepOut(held_out, task, data.clean, share, work.resolve())
     everything = [pairs, held_out, *corpora]
     logical, real = ray.cluster_resources().get("CPU", 1), len(ray.nodes()) * (os.cpu_count() or 1)
     threads = max(1, int(min(logical, real)) // sum(len(s.pieces) for s in everything))
     of_core = max(1.0, logical / real)  # a local Ray has more logical CPUs than there are cores: see ray_session
+    every_s = max(1.0, config.log_every_s)
 
     def encode(source: Source, split: str, template: Task | None, keys: np.ndarray) -> Encode:
         return Encode(source, split, template, data, tokenizer.to_json(), work.resolve(), keys, threads)
 
-    jobs = [encode(pairs, "train", task, kept_out), encode(held_out, "validation", task, none)]
-    jobs += [encode(source, "corpus", None, kept_texts) for source in corpora]
-    every_s = max(1.0, config.log_every_s)
     try:
+        if corpora or not share:
+            do_pieces([keep_out], [len(held_out.pieces)], of_core, say, every_s)
+            documents, texts = keep_out.read()
+        else:
+            documents = texts = np.zeros(0, np.uint64)
+        none = np.zeros(0, np.uint64)
+        kept_texts = np.union1d(documents, texts)  # a text of the corpus may be one of the passages
+        jobs = [encode(pairs, "train", task, none if share else documents), encode(held_out, "validation", task, none)]
+        jobs += [encode(source, "corpus", None, kept_texts) for source in corpora]
         if data.clean.duplicates != "keep":
             signs = [Sign(job) for job in (jobs[0], *jobs[2:])]
             do_pieces(signs, [len(sign.encode.source.pieces) for sign in signs], of_core, say, every_s)
             found = [mark_duplicates(group, _compare) for group in (signs[:1], signs[1:]) if group]
             say(f"  {sum(found)} duplicates")
-        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads * of_core, say, every_s, _Watch(jobs))
+        said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads * of_core, say, every_s, Watch(jobs))
     except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
         raise DataError(f"the data cannot be prepared: {reason_of(error)}") from error
     records = [[Record.of(values) for values in of_job] for of_job in said]
     for job, of_job in zip(jobs, records, strict=True):
-        _check_records(job, of_job)
+        check_records(job, of_job)
 
     every = [record for of_job in records for record in of_job]
     rows = Counter({part: 0 for part in PARTS})
@@ -419,16 +263,16 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
         "sources_cut": sum(r.cut_rows for r in every),
         "source_tokens_cut": sum(r.cut_tokens for r in every),
     }
-    for scratch in ("records", "signatures", "duplicates"):
+    for scratch in ("records", "keys", "signatures", "duplicates", "scratch"):
         shutil.rmtree(work / scratch, ignore_errors=True)
-    (work / "inputs").unlink()
     write_file(work / "manifest.json", json.dumps(manifest, indent=2))
     old = folder.with_name(f"{folder.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)  # of one that was killed between the next two lines
     if folder.exists():
         folder.rename(old)
     work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for left in (old, unfinished):
+        shutil.rmtree(left, ignore_errors=True)
     return open_prepared(folder)
 
 
@@ -475,7 +319,7 @@ def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = N
     kind = format_of(path) or (dataset.format if of_files else "parquet")
     source = open_files(data.dataset, dataclasses.replace(dataset, format=kind), [path])
     source.check_columns()
-    _check_fields(source, task)
+    check_fields(source, task)
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     filtered = 0
@@ -487,7 +331,7 @@ def read_text_rows(config: RunConfig, path: str, counts: Counter[str] | None = N
                 good.append(text_row(task_fields(row, source, task, data.clean), task))
             except ValueError as error:
                 bad.append({"file": path, "row_number": number, "reason": str(error), "row": row})
-    _check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
+    check_counts(data.dataset, "evaluation", len(good), len(bad), bad[0] if bad else {}, data.bad_rows_allowed, "")
     if counts is not None:
         counts.update(rows_filtered=filtered, rows_unusable=len(bad))
     return good

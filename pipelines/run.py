@@ -21,6 +21,7 @@ from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality
 from pipelines.folders import difference, read_inputs, run_lock
+from pipelines.listing import files_of, locate
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
 from pipelines.progress import say
 from pipelines.publish import (
@@ -33,7 +34,7 @@ from pipelines.publish import (
     save_with_card,
     send_unsent,
 )
-from pipelines.sources import files_of, find_dataset, locate
+from pipelines.sources import find_dataset
 from pipelines.state import STAGES, StageJob
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import train_stages

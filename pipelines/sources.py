@@ -7,22 +7,19 @@ file, a shard of a Hugging Face data set, or a stretch of the built-in world.
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from pipelines import world
+from pipelines.listing import READ_ERRORS, DataError, UnreadableFile, files_of, locate, open_store, reason_of
 from yan_core.config import DataConfig, DatasetConfig, unknown_name
 
 BUILT_IN = {
@@ -36,18 +33,6 @@ ROWS_AT_ONCE = 1024
 
 PIECE_ROWS = 65_536
 """About as many rows of a Parquet file, or of the world, make a piece."""
-
-
-class DataError(ValueError):
-    """The data a config names are missing, empty or not as described."""
-
-
-class UnreadableFile(DataError):
-    """A file is damaged, or gone since it was listed."""
-
-
-READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error)
-"""What reading a damaged file raises."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,8 @@ class Source:
         dataset: Its description.
         pieces: What it consists of, in order.
         read: Piece -> its rows, before the filter.
-        columns: Columns of the first piece; empty where a format has none before it is read.
+        columns: Columns of the first piece that can be read, what is inside them as `a.b` (see `value_at`); of rows
+            without a schema, those of the first thousand. Empty where a format has none before it is read.
     """
 
     name: str
@@ -117,8 +103,12 @@ class Source:
             raise UnreadableFile(f"cannot read {piece.where} as {self.dataset.format}: {reason_of(error)}") from error
 
     def has(self, column: str) -> bool:
-        """Whether a column is there, or the one that it is said to be in (`a` of `a.b`); true where none is known."""
-        return not self.columns or column in self.columns or column.split(".")[0] in self.columns
+        """Whether a column is there; true where none is known."""
+        return not self.columns or column in self.columns
+
+    def named_columns(self) -> str:
+        """The columns for a message, of many the first."""
+        return ", ".join(self.columns[:40]) + (", ..." if len(self.columns) > 40 else "")
 
     def check_columns(self) -> None:
         """Refuse a `where` or a `document` that names a column which is not there.
@@ -127,13 +117,13 @@ class Source:
             DataError: Names the nearest.
         """
         for column in self.dataset.where:
-            if self.columns and column not in self.columns:
+            if not self.has(column):
                 raise DataError(unknown_name(f"data.datasets.{self.name}.where", column, self.columns))
         if self.dataset.document and not self.has(self.dataset.document):
             raise DataError(unknown_name(f"data.datasets.{self.name}.document", self.dataset.document, self.columns))
 
     def _wanted(self, row: dict[str, Any]) -> bool:
-        return all(str(row.get(column)) == value for column, value in self.dataset.where.items())
+        return all(str(value_at(row, column)) == value for column, value in self.dataset.where.items())
 
 
 def find_dataset(data: DataConfig, name: str) -> DatasetConfig:
@@ -146,88 +136,6 @@ def find_dataset(data: DataConfig, name: str) -> DatasetConfig:
     if name not in known:
         raise ValueError(unknown_name("data.dataset", name, list(known)))
     return known[name]
-
-
-def locate(data: DataConfig, where: str) -> str:
-    """A path of a data set below data.root; absolute paths and URLs stay as they are."""
-    if "://" in where or os.path.isabs(where):
-        return where
-    if "://" in data.root:
-        return f"{data.root.rstrip('/')}/{where}"
-    return os.path.join(data.root, where)
-
-
-def open_store(path: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URL, and the path in it."""
-    return fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), os.path.abspath(path))
-
-
-def files_of(data: DataConfig, dataset: DatasetConfig, where: str) -> list[str]:
-    """Files that a path, folder or glob names, in order; a URL too, whose globs have `*` and `**`.
-
-    Raises:
-        DataError: If there is none.
-    """
-    if not where:
-        raise DataError("a data set of files needs both `train` and `validation` paths; one of them is empty")
-    path = locate(data, where)
-    found = list_files(path)
-    if not found:
-        raise DataError(
-            f"no file at {os.path.abspath(path) if '://' not in path else path} (data.root={data.root!r}, {where!r}). "
-            "Set --data.root to the folder that holds the data, or correct the data set's path."
-        )
-    return found
-
-
-def list_files(path: str) -> list[str]:
-    """Files that a path, folder or glob names, in order; a URL too, whose globs have `*` and `**`. May be none.
-
-    Raises:
-        DataError: If a URL cannot be opened.
-    """
-    if "://" in path:
-        return _remote_files(path)
-    if os.path.isdir(path):
-        inside = (f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if os.path.isfile(f))
-        return sorted(f for f in inside if _is_data(os.path.relpath(f, path)))
-    return sorted(glob.glob(path))
-
-
-def _remote_files(url: str) -> list[str]:
-    where, asked, options = url.partition("?")
-    scheme, _, rest = where.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    above = rest.partition("*")[0]
-    above = above if above == rest else above.rpartition("/")[0]  # the folder that a glob begins in
-    try:
-        store, path = open_store(f"{scheme}://{above}{asked}{options}")
-        info = store.get_file_info(path)
-        if info.type == fs.FileType.File:
-            return [url]
-        inside = store.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot open {url}: {reason_of(error)}") from error
-    files = (f.path for f in inside if f.type == fs.FileType.File)
-    wanted = re.compile(_pattern(rest[len(above) :].strip("/")))
-    names = ((file, file.removeprefix(path).lstrip("/")) for file in files)
-    found = (
-        f"{scheme}://{user}{at}{file}{asked}{options}"
-        for file, name in names
-        if _is_data(name) and wanted.fullmatch(name)
-    )
-    return sorted(found)
-
-
-def _pattern(names: str) -> str:
-    """The regular expression of a glob of `*` and `**`; of none, any name."""
-    parts = {"**/": "(?:[^/]+/)*", "*": "[^/]*"}
-    return "".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", names)) if names else ".*"
-
-
-def _is_data(inside: str) -> bool:
-    """Whether a file of a folder holds rows: `_SUCCESS`, `_temporary/...`, `.part.crc` and their like do not."""
-    return not any(part.startswith(("_", ".")) for part in inside.split("/"))
 
 
 def open_source(data: DataConfig, name: str, split: str, seed: int) -> Source:
@@ -289,9 +197,29 @@ def open_files(name: str, dataset: DatasetConfig, files: list[str]) -> Source:
 def _columns_of(piece: Piece, kind: str, read: Callable[[Piece], Iterator[Rows]]) -> list[str]:
     if kind == "parquet":
         with _open(piece.where) as file:
-            return list(pq.read_schema(file).names)
+            return list(_schema_names(pq.read_schema(file)))
     first = next((batch for batch in read(piece) if batch.rows), None)
-    return list(dict.fromkeys(name for row in first.rows for name in row)) if first else []
+    return list(dict.fromkeys(name for row in first.rows for name in _row_names(row))) if first else []
+
+
+def _schema_names(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """Names of columns and of what is inside them, as `value_at` takes them."""
+    for column in fields:
+        yield f"{above}{column.name}"
+        kind = column.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            yield from _schema_names(kind, f"{above}{column.name}.")
+
+
+def _row_names(value: Any, above: str = "") -> Iterator[str]:
+    """The same of a row without a schema."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict):
+            for name, inside in entry.items():
+                yield f"{above}{name}"
+                yield from _row_names(inside, f"{above}{name}.")
 
 
 def _open(path: str) -> pa.NativeFile:
@@ -391,21 +319,6 @@ def _read_text(piece: Piece) -> Iterator[Rows]:
 READERS: dict[str, Callable[[Piece], Iterator[Rows]]] = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}
 """Format of files of lines -> what reads a file of it."""
 
-ENDINGS: dict[str, Literal["parquet", "jsonl", "csv", "text"]] = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".txt": "text",
-}
-"""Ending of a file's name -> its format."""
-
-
-def format_of(path: str) -> Literal["parquet", "jsonl", "csv", "text"] | None:
-    """The format that a file's ending tells, beneath that of a compression; None where it tells none."""
-    endings = [ending for ending in Path(path).suffixes if ending not in (".gz", ".bz2", ".zst")]
-    return ENDINGS.get(endings[-1]) if endings else None
-
 
 def _open_world(name: str, dataset: DatasetConfig, split: str, seed: int) -> Source:
     config = world.WorldConfig(seed=seed, kinds=dataset.kinds or world.KINDS)
@@ -445,7 +358,8 @@ def _open_huggingface(data: DataConfig, name: str, dataset: DatasetConfig, split
     features = stream.features or {}
     labels = {column: f.names for column, f in features.items() if isinstance(f, datasets.ClassLabel)}
     pieces = [Piece(f"{path} ({split})", i, i + 1) for i in range(stream.num_shards)]
-    return Source(name, dataset, pieces, _ReadHuggingFace(stream, labels), list(features))
+    columns = list(_schema_names(stream.features.arrow_schema)) if stream.features else []
+    return Source(name, dataset, pieces, _ReadHuggingFace(stream, labels), columns)
 
 
 class _ReadHuggingFace:
@@ -464,13 +378,6 @@ class _ReadHuggingFace:
                 table = table.set_column(table.column_names.index(column), column, named)
             yield Rows(list(range(number, number + table.num_rows)), table.to_pylist())
             number += table.num_rows
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
-    return (raised[-1:] or lines or [type(error).__name__])[0][:300]
 
 
 def value_at(row: dict[str, Any], column: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources import READ_ERRORS, READERS, ROWS_AT_ONCE, Piece, Rows, UnreadableFile, open_store, reason_of
+from pipelines.listing import READ_ERRORS, UnreadableFile, open_store, reason_of
+from pipelines.sources import READERS, ROWS_AT_ONCE, Piece, Rows
 
 NOT_KEPT = (pa.ArrowException, ValueError, TypeError, OverflowError)
 """What Arrow raises on values that a type does not hold: half a surrogate pair, an integer of 70 bits, a mixture."""

@@ -26,9 +26,9 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipelines.checkpoints import Checkpoints
+from pipelines.listing import DataError
 from pipelines.metrics_buffer import UNSENT
 from pipelines.prepare import Prepared
-from pipelines.sources import DataError
 from pipelines.state import StageJob
 from pipelines.worker import STREAM, DealtStream, TrainingStream, train_loop
 from yan_core.config import RunConfig, to_dict

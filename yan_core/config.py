@@ -488,14 +488,19 @@ class CleanConfig:
     """Longer texts of the corpus are dropped; 0: none."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
     """`exact`: of equal texts of the corpus, white space and case apart, the first stays, and of training rows of the
-    task with the same source and target. `near`: of texts of the corpus that share most of their word 5-grams too."""
+    task with the same source and target, white space apart. `near`: of texts of the corpus that share most of their
+    word 5-grams too."""
     near_threshold: float = 0.8
-    """Share of 5-grams (Jaccard similarity) from which two texts count as near-duplicates."""
+    """Share of 5-grams (Jaccard similarity) from which two texts count as near-duplicates, where duplicates=near."""
 
     def __post_init__(self) -> None:
         _require(self.min_chars >= 0, f"data.clean.min_chars must be >= 0, got {self.min_chars}")
         _require(self.max_chars >= 0, f"data.clean.max_chars must be >= 0, got {self.max_chars}")
         _require(0 < self.near_threshold < 1, f"data.clean.near_threshold must be in (0, 1), got {self.near_threshold}")
+        _require(
+            self.duplicates == "near" or self.near_threshold == 0.8,
+            f"data.clean.near_threshold={self.near_threshold} is for duplicates=near, got {self.duplicates!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

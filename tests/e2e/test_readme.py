@@ -1,5 +1,5 @@
-"""README's blocks and those of docs/DATA.md run as they stand, in order, in a copy of the repository; training is
-shortened, nothing else."""
+"""README's blocks and those of docs/DATA.md and docs/EVALUATION.md run as they stand, in order, in a copy of the
+repository; training is shortened, nothing else."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 def blocks() -> list[tuple[str, str]]:
-    pages = (ROOT / "README.md", ROOT / "docs" / "DATA.md")
+    pages = (ROOT / "README.md", ROOT / "docs" / "DATA.md", ROOT / "docs" / "EVALUATION.md")
     return [block for page in pages for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
@@ -31,7 +31,7 @@ def shortened(code: str) -> str:
     """Shorten every training command of a block; the two `make` commands are what runs this test."""
     lines = []
     for line in code.splitlines():
-        if re.search(r"(yan|python -m pipelines) (run|train)\b", line):
+        if re.search(r"(yan|python -m pipelines) (run|train|compare)\b", line):
             line += SHORT
         if not line.startswith("make "):
             lines.append(line)

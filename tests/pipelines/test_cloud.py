@@ -7,8 +7,8 @@ from pyarrow import fs
 
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import ray_session
+from pipelines.listing import DataError, list_files
 from pipelines.prepare import prepare
-from pipelines.sources import DataError, list_files
 from tests.pipelines.test_checkpoints import NAMES, at, write
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict
@@ -64,5 +64,7 @@ def test_a_data_set_in_a_bucket_gives_the_same_shards(bucket, tmp_path):
     assert list_files(f"{bucket}/data/tr*.parquet") == [f"{bucket}/data/train.parquet"]
     assert list_files(f"{bucket}/**/*.parquet") == [f"{bucket}/data/{s}.parquet" for s in ("train", "validation")]
     assert list_files(f"{bucket}/*.parquet") == []
+    assert list_files(f"{bucket}/data/[r-t]*.parquet") == [f"{bucket}/data/train.parquet"]
+    assert list_files(f"{bucket}/data/[!t]*.parquet") == [f"{bucket}/data/validation.parquet"]
     with pytest.raises(DataError, match=f"no file at {bucket}/elsewhere/train.parquet"):
         prepare(config(f"{bucket}/elsewhere"), tmp_path / "none", lambda _: None)

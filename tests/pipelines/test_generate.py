@@ -15,7 +15,7 @@ from pipelines.benchmarks import generate as benchmark
 from pipelines.cli import main
 from pipelines.cluster import ray_session
 from pipelines.generate import GenerateError, generate
-from pipelines.sources import DataError
+from pipelines.listing import DataError
 from pipelines.tables import Input, scan
 from tests.yan_core.tiny import randomize, tiny_config
 from yan_core.checkpoint import CheckpointError, save_pretrained

@@ -15,7 +15,8 @@ import torch
 
 import yan_core
 from pipelines.cli import main, parse_config
-from pipelines.encode import keys_of, text_row
+from pipelines.documents import KeepOut
+from pipelines.encode import text_row
 from pipelines.evaluation import _speed, score_answers
 from pipelines.sources import open_source
 from tests.yan_core.tiny import tiny_config, tiny_model
@@ -104,7 +105,10 @@ def test_an_unusable_row_does_not_hide_the_documents_after_it(tmp_path):
     path = str(tmp_path / "rows.parquet")
     own = {"train": path, "validation": path, "document": "context"}
     data = from_dict(DataConfig, {"dataset": "own", "datasets": {"own": own}})
-    assert len(keys_of(open_source(data, "own", "validation", 0), get_task(data.task), data.clean, 0)[0]) == 3
+    keep_out = KeepOut(open_source(data, "own", "validation", 0), get_task(data.task), data.clean, 0, tmp_path)
+    keep_out(0)
+    documents, texts = keep_out.read()
+    assert len(documents) == 3 and len(texts) == 4 + 1  # passages, and the question
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 
 from pipelines import stream
 from pipelines.cluster import ray_session
+from pipelines.documents import document_key, split_of
+from pipelines.listing import DataError
 from pipelines.prepare import open_prepared, prepare, read_text_rows
-from pipelines.sources import DataError
 from pipelines.stream import read_rows_of
 from yan_core.config import DatasetConfig, RunConfig, from_dict
 
@@ -54,6 +55,12 @@ def write(folder: Path, kind: str, rows=ROWS, name="rows") -> str:
         names = list(rows[0])
         path.write_text("\n".join([",".join(names)] + [",".join(f'"{r[n]}"' for n in names) for r in rows]) + "\n")
     return str(path)
+
+
+def left_behind(tmp_path: Path) -> Path:
+    """Folder of what an interrupted preparation of `out` has done so far."""
+    (folder,) = (tmp_path / "out.unfinished").iterdir()
+    return folder
 
 
 def config_for(tmp_path, kind="jsonl", rows=ROWS, **data) -> RunConfig:
@@ -131,7 +138,7 @@ def test_labels_of_a_hugging_face_data_set_come_by_name(tmp_path):
 
 
 def test_a_corpus_row_that_is_no_text_counts(tmp_path):
-    texts = ["one two", None, " ", "three"]
+    texts = ["one two " * 50, None, " ", "three"]  # the first is many windows, and one text
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     base = config_for(tmp_path)
     datasets = {"own": vars(base.data.datasets["own"]) | {"kinds": []}}
@@ -140,7 +147,7 @@ def test_a_corpus_row_that_is_no_text_counts(tmp_path):
     with pytest.raises(DataError, match="1 of 4 corpus rows of 'plain'.*'text' must be text, got None"):
         prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out")
     prepared = prepare(from_dict(RunConfig, {"data": {**data, "bad_rows_allowed": 0.5}}), tmp_path / "out")
-    assert prepared.manifest["bad_rows"]["corpus"] == 1 and prepared.manifest["rows"]["flow"] == 2
+    assert prepared.manifest["bad_rows"]["corpus"] == 1 and prepared.manifest["rows"]["flow"] == 5
 
 
 def test_damaged_shards_are_noticed(tmp_path):
@@ -212,7 +219,7 @@ def test_a_bad_row_stops_the_job_with_its_reason_or_is_set_aside(tmp_path, bad, 
         prepare(config_for(tmp_path, "jsonl", rows), tmp_path / "out")
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
-    (aside,) = (tmp_path / "out.unfinished" / "quarantine" / "train").glob("*.jsonl")  # for a look
+    (aside,) = (left_behind(tmp_path) / "quarantine" / "train").glob("*.jsonl")  # for a look
     assert str(aside.parent) in str(caught.value)
     prepared = prepare(config_for(tmp_path, "jsonl", rows, bad_rows_allowed=0.05), tmp_path / "out")
     assert prepared.manifest["rows"]["finetune"] == 20
@@ -258,7 +265,7 @@ def test_empty_and_broken_files(tmp_path):
         prepare(config_for(tmp_path, path=str(cut), rows=None), tmp_path / "out")
     assert len(str(caught.value)) < 600 and "retry" not in str(caught.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-    assert "cut.jsonl" in (tmp_path / "out.unfinished" / "quarantine" / "train" / "own-000000.jsonl").read_text()
+    assert "cut.jsonl" in (left_behind(tmp_path) / "quarantine" / "train" / "own-000000.jsonl").read_text()
 
 
 def test_a_filter_that_matches_nothing_is_an_error(tmp_path):
@@ -300,11 +307,20 @@ def windows_of(prepared) -> list[str]:
 
 
 def test_texts_are_cleaned_and_those_too_short_or_long_counted(tmp_path):
-    texts = ["cafe\u0301 \u200bau lait", "no", "a " * 100, "  ", "plain words here", "tab\tand\x00null"]
+    texts = [
+        "cafe\u0301 \u200bau lait",
+        "no",
+        "a " * 100,
+        "  ",
+        "plain words here",
+        "tab\tand\x00null",
+        "\u200b\x00",
+        "no\x00",
+    ]
     config = corpus_config(tmp_path, texts, clean={"min_chars": 3, "max_chars": 50})
     prepared = prepare(config, tmp_path / "out")
     assert windows_of(prepared) == sorted(["caf\u00e9 au lait", "plain words here", "tab\tandnull"])
-    assert prepared.manifest["dropped"] == {"too short": 1, "too long": 1, "blank": 1}
+    assert prepared.manifest["dropped"] == {"too short": 2, "too long": 1, "blank": 2}
 
 
 STORY = "The quick brown fox jumps over the lazy dog and runs far away into the deep green forest near the old mill"
@@ -314,7 +330,8 @@ STORY = "The quick brown fox jumps over the lazy dog and runs far away into the 
 def test_of_duplicates_the_first_stays_whichever_file_it_is_in(tmp_path, duplicates, left):
     near = STORY.replace("mill", "bridge")
     texts = [STORY, "Something else altogether that shares no words", f"  {STORY.upper()} ", near, "A last one, apart"]
-    config = corpus_config(tmp_path, texts, clean={"duplicates": duplicates, "near_threshold": 0.7})
+    clean = {"duplicates": duplicates} | ({"near_threshold": 0.7} if duplicates == "near" else {})
+    config = corpus_config(tmp_path, texts, clean=clean)
     prepared = prepare(config, tmp_path / "out")
     found = windows_of(prepared)
     assert len(found) == left and sum(STORY in text for text in found) == 1
@@ -404,10 +421,80 @@ def test_held_out_documents_are_left_out_of_another_corpus(tmp_path):
 
 
 def test_training_rows_that_are_there_twice_are_dropped(tmp_path):
-    twice = [*ROWS, {**ROWS[0], "story": f" {ROWS[0]['story'].upper()}\u200b"}, {**ROWS[0], "answer": "elsewhere"}]
-    config = config_for(tmp_path, rows=twice, clean={"duplicates": "near"})
+    again = {**ROWS[0], "story": f" {ROWS[0]['story'].replace(' ', '  ')}\u200b"}
+    loud = {**ROWS[0], "story": ROWS[0]["story"].upper()}  # another text: the case counts
+    twice = [*ROWS, again, loud, {**ROWS[0], "answer": "elsewhere"}]
+    config = config_for(tmp_path, rows=twice, clean={"duplicates": "exact"})
     prepared = prepare(config, tmp_path / "out")
-    assert prepared.manifest["dropped"] == {"duplicate": 1} and prepared.manifest["rows"]["finetune"] == 21
+    assert prepared.manifest["dropped"] == {"duplicate": 1} and prepared.manifest["rows"]["finetune"] == 22
+
+
+def test_a_row_that_is_left_out_makes_no_other_one_a_duplicate(tmp_path):
+    """Of two equal rows of which the first is held out the other one is trained on."""
+    rows = [{**ROWS[0], "story": f"Story {i}.", "page": f"page {i}"} for i in range(100)]
+    again = [{**row, "page": f"copy of {row['page']}"} for row in rows]
+    pq.write_table(pa.Table.from_pylist([*rows, *again]), tmp_path / "rows.parquet")
+    path = str(tmp_path / "rows.parquet")
+    own = {"train": path, "held_out": 0.25, "document": "page", "columns": {"context": "story"}}
+    data = {"dataset": "own", "datasets": {"own": own}, "clean": {"duplicates": "exact"}}
+    prepared = prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out")
+    documents = {r["page"]: split_of(document_key(r["page"]), 0.25) for r in [*rows, *again]}
+    trained = [i for i in range(100) if "train" in (documents[f"page {i}"], documents[f"copy of page {i}"])]
+    both = [i for i in trained if documents[f"page {i}"] == documents[f"copy of page {i}"]]
+    assert prepared.manifest["rows"]["finetune"] == len(trained) > len(both) > 10
+    assert prepared.manifest["dropped"] == {"duplicate": len(both), "held out": 200 - len(trained) - len(both)}
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"min_chars": 9}, r"data\.clean\.min_chars=9 would do nothing"),
+        ({"max_chars": 9, "duplicates": "near"}, r"max_chars=9, data\.clean\.duplicates=near would do nothing"),
+        ({"near_threshold": 0.5, "duplicates": "exact"}, r"near_threshold=0\.5 is for duplicates=near, got 'exact'"),
+    ],
+)
+def test_a_clean_up_that_would_do_nothing_is_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(config_for(tmp_path, clean=setting), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_columns_inside_columns_are_known_by_name(tmp_path, kind):
+    rows = [
+        {
+            "page": {"id": f"p{i}", "lang": "en" if i < 15 else "de", "text": f"Story {i}."},
+            "question": "Who?",
+            "answer": "x",
+        }
+        for i in range(20)
+    ]
+    held = [{**row, "page": {**row["page"], "id": f"h{i}", "text": f"Tale {i}."}} for i, row in enumerate(rows)]
+    files = {"train": write(tmp_path, kind, rows), "validation": write(tmp_path, kind, held, "held")}
+
+    def config(**changed) -> RunConfig:
+        own = {
+            "format": kind,
+            **files,
+            "columns": {"context": "page.text"},
+            "document": "page.id",
+            "where": {"page.lang": "en"},
+        }
+        plain = {"format": kind, "train": files["train"], "columns": {"text": "page.text"}}
+        return from_dict(
+            RunConfig,
+            {"data": {"dataset": "own", "corpus": "plain", "datasets": {"own": {**own, **changed}, "plain": plain}}},
+        )
+
+    manifest = prepare(config(), tmp_path / "out").manifest
+    assert manifest["rows"]["finetune"] == 15 and manifest["rows"]["flow"] == 20
+    with pytest.raises(
+        DataError, match=r"data\.datasets\.own\.document: unknown name 'page\.idd'; did you mean 'page\.id'\?"
+    ):
+        prepare(config(document="page.idd"), tmp_path / "out")
+    with pytest.raises(DataError, match=r"where: unknown name 'page\.lnag'; did you mean 'page\.lang'\?"):
+        prepare(config(where={"page.lnag": "en"}), tmp_path / "out")
+    with pytest.raises(DataError, match=r"no column 'page\.txt' for field 'context'.*it has page, page\.id"):
+        prepare(config(columns={"context": "page.txt"}), tmp_path / "out")
 
 
 def test_texts_that_differ_in_what_clean_up_takes_out_are_duplicates(tmp_path):
@@ -481,7 +568,7 @@ def test_what_is_prepared_is_not_done_again_after_an_interruption(tmp_path):
     said: list[str] = []
     with pytest.raises(DataError, match="cannot be used"):
         prepare(config, tmp_path / "out", said.append)
-    records = tmp_path / "out.unfinished" / "records"
+    records = left_behind(tmp_path) / "records"
     assert "tokenizer: " in said.pop() and not said
     before = {f.name: f.stat().st_mtime_ns for f in records.iterdir()}
     assert "train-own-000000.json" in before  # the other one may not have been done any more
@@ -532,3 +619,19 @@ def test_compressed_text_is_read(tmp_path, ending, opener):
     sets["plain"] = {"format": "text", "train": str(tmp_path / f"corpus.txt.{ending}")}
     config = from_dict(RunConfig, {"data": {"dataset": "own", "corpus": "plain", "datasets": sets}})
     assert windows_of(prepare(config, tmp_path / "out")) == ["one two", "three four"]
+
+
+def test_a_straggler_of_an_interrupted_preparation_spoils_nothing(tmp_path):
+    """A task that goes on after its job has failed writes where only its own settings and files are read."""
+    config = config_for(tmp_path, "jsonl", [*ROWS, {**ROWS[0], "answer": None}])
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(config, tmp_path / "out")
+    old = left_behind(tmp_path)
+    shorter = dataclasses.replace(config.data, bad_rows_allowed=0.5, max_source_tokens=5)
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(dataclasses.replace(config, data=dataclasses.replace(shorter, bad_rows_allowed=0)), tmp_path / "out")
+    assert left_behind(tmp_path) != old
+    shutil.copytree(left_behind(tmp_path), old)  # what a task of the first writes only now
+    prepared = prepare(dataclasses.replace(config, data=shorter), tmp_path / "out")
+    assert prepared.manifest["sources_cut"] == 20 and prepared.is_whole()
+    assert not list(prepared.folder.rglob("scratch")) and not (tmp_path / "out.unfinished").exists()

@@ -11,7 +11,8 @@ import yaml
 
 from pipelines.cli import parse_config
 from pipelines.encode import text_row
-from pipelines.sources import fields_of, locate, open_source, value_at
+from pipelines.listing import locate
+from pipelines.sources import fields_of, open_source, value_at
 from yan_core.config import DataConfig, DatasetConfig, from_dict
 from yan_core.tasks import get_task
 from yan_core.tokenization import MASK
