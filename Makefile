@@ -40,7 +40,7 @@ typecheck: $(VENV)/.installed-dev
 
 # The pages that are made, not written.
 docs: $(VENV)/.installed
-	$(BIN)/python -m pipelines.reference docs/CONFIG.md
+	$(BIN)/python -m pipelines.reference docs
 	$(BIN)/python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md
 
 format: $(VENV)/.installed-dev

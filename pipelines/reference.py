@@ -1,6 +1,7 @@
-"""`docs/CONFIG.md` from the dataclasses of `yan_core.config`: every key, its type, its default and what it does.
+"""`docs/CONFIG.md` from the dataclasses of `yan_core.config`: every key, its type, its default and what it does; and
+`docs/API.md` from the docstrings of what `yan_core` exports.
 
-python -m pipelines.reference docs/CONFIG.md
+    python -m pipelines.reference docs
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
+import yan_core
 from yan_core.config import RunConfig
 from yan_core.files import write_file
+
+API_HEAD = """# yan_core in Python
+
+What `import yan_core` gives, made from its docstrings by `python -m pipelines.reference docs`; settings are in
+[CONFIG.md](CONFIG.md). The examples are run by the tests.
+"""
 
 HEAD = """# Settings of a run
 
 Every key of a run's YAML file, as `yan run --config FILE` reads it; on the command line with dots, such as
-`--stages.flow.max_steps 500`. Made from `yan_core/config.py` by `python -m pipelines.reference docs/CONFIG.md`.
+`--stages.flow.max_steps 500`. Made from `yan_core/config.py` by `python -m pipelines.reference docs`.
 """
 
 
@@ -80,5 +89,75 @@ def page() -> str:
     return HEAD + "\n".join(section(RunConfig, "", " ".join((RunConfig.__doc__ or "").split()))) + "\n"
 
 
+def described(text: str) -> list[str]:
+    """A docstring as Markdown: its sections (Args, Returns, Raises, Attributes) in bold, their entries as a list."""
+    lines: list[str] = []
+    inside = ""
+    for line in inspect.cleandoc(text).splitlines():
+        heading = re.fullmatch(r"(Args|Returns|Raises|Attributes):", line)
+        if heading:
+            inside = heading[1]
+            lines += [f"**{inside}**", ""]
+        elif not inside or not line.startswith("    "):
+            lines.append(line)
+        elif inside != "Returns" and re.match(r" {4}\S", line):
+            name, _, rest = line.strip().partition(": ")
+            lines.append(f"- `{name}`: {rest}" if rest else f"- {name}")
+        else:
+            lines.append(line[4:] if inside == "Returns" else line[6:])
+    return [*lines, ""]
+
+
+def signature_of(name: str, what: Any) -> list[str]:
+    """A call as it is written, in a block; its annotations as in the source."""
+    whole = inspect.signature(what)
+    taken = [value for key, value in whole.parameters.items() if key != "self"]
+    parts = [
+        f"{'*, ' * (value.kind is value.KEYWORD_ONLY and (not before or before.kind is not value.KEYWORD_ONLY))}{value}"
+        for before, value in zip([None, *taken], taken, strict=False)
+    ]
+    back = "" if inspect.isclass(what) else f" -> {whole.return_annotation}"
+    text = f"{name}({', '.join(parts)}){back}"
+    if len(text) > 110:
+        text = f"{name}(\n    " + ",\n    ".join(parts) + f",\n){back}"
+    return [
+        "```python",
+        re.sub(r"""(: )(?:'([^']*)'|"([^"]*)")""", r"\1\2\3", text).replace(
+            "*, ", "*,\n    " if "\n" in text else "*, "
+        ),
+        "```",
+        "",
+    ]
+
+
+def entry(name: str, what: Any) -> list[str]:
+    """A function or class, and the public methods that are its own."""
+    lines = [f"## {name}", "", *signature_of(name, what), *described(what.__doc__ or "")]
+    for method, value in vars(what).items() if inspect.isclass(what) else ():
+        inner = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        text = inspect.getdoc(inner)
+        if method.startswith("_") or not text or not (inspect.isfunction(inner) or isinstance(inner, property)):
+            continue
+        called = f"{name}.{method}" if inner is not value else f"{re.findall('[A-Z][a-z]+', name)[-1].lower()}.{method}"
+        head = [f"`{called}`", ""] if isinstance(inner, property) else signature_of(called, getattr(what, method))
+        lines += [f"### {name}.{method}", "", *head, *described(text)]
+    return lines
+
+
+def api_page() -> str:
+    """The page of what `yan_core` exports, in Markdown."""
+    text, *examples = re.split(r"\n\n(?=[^>\n])", inspect.cleandoc(yan_core.__doc__ or ""))
+    lines = [text, ""]
+    for example in examples:
+        said, _, code = example.partition("\n\n")
+        lines += [said, "", *(["```python", code, "```", ""] if code else [])]
+    for name in yan_core.__all__:
+        what = getattr(yan_core, name)
+        if not (dataclasses.is_dataclass(what) and what.__module__ == "yan_core.config"):
+            lines += entry(name, what)
+    return re.sub(r"\n{3,}", "\n\n", API_HEAD + "\n" + "\n".join(lines).strip() + "\n")
+
+
 if __name__ == "__main__":
-    write_file(Path(sys.argv[1]), page())
+    write_file(Path(sys.argv[1]) / "CONFIG.md", page())
+    write_file(Path(sys.argv[1]) / "API.md", api_page())

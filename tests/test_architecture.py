@@ -63,9 +63,23 @@ def test_every_setting_is_read_somewhere():
 
 def test_the_page_of_settings_is_made_from_the_settings():
     page = reference.page()
-    assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs/CONFIG.md
+    assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs
     assert "| `stages.flow.optim.lr` | `float` | `0.001` | " in page
     assert re.findall(r"^\| `[^`]+` \| `.+` \| `.+` \|  \|$", page, re.MULTILINE) == []  # each says what it does
+
+
+def test_the_page_of_the_package_is_made_from_its_docstrings():
+    page = (ROOT / "docs/API.md").read_text(encoding="utf-8")
+    assert page == reference.api_page()  # python -m pipelines.reference docs
+    for said in (
+        "## load\n",
+        "### TextGenerator.generate\n\n```python\ngenerator.generate(\n    sources: Sequence[str],\n",
+        "\n    *,\n    method: Method = 'euler',\n",
+        "\nTokenizer.from_json(text: str) -> Tokenizer\n",
+        "\n- `sources`: Texts as the model's task template makes them.\n",
+        "\n>>> (answer,) = generator.generate([story], num_steps=3, seeds=7)\n",
+    ):
+        assert said in page
 
 
 def test_the_results_are_those_of_the_reports(tmp_path):
