@@ -162,13 +162,13 @@ def _evaluate(args: list[str]) -> int:
     _add_sampling(parser, "the config's")
     parser.add_argument("--bertscore-model", default="", help="folder of an encoder: BERTScore too")
     parser.add_argument("--perplexity-model", default="", help="folder of a causal language model: perplexity too")
-    parser.add_argument("--diversity", type=int, default=0, metavar="K", help="K answers a row: how they differ")
+    parser.add_argument(
+        "--diversity", type=int, metavar="K", help="K answers a row: how they differ; default: the config's"
+    )
     parser.add_argument("--use-gpu", action="store_true", help="on a GPU, in float32")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "max_rows", "num_candidates")
-    if chosen.diversity < 0 or chosen.diversity == 1:
-        raise UsageError(f"--diversity must be 0 or >= 2 answers a row, got {chosen.diversity}")
     config = parse_config("evaluate", ["--config", chosen.config])
     from collections import Counter
 
@@ -181,8 +181,14 @@ def _evaluate(args: list[str]) -> int:
     counts: Counter[str] = Counter()
     rows = read_text_rows(config, chosen.data, counts)[: chosen.max_rows]
     sampling = _sampling(chosen, config.evaluation.sampling)
-    how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling)
-    extras = Extras(chosen.bertscore_model, chosen.perplexity_model, chosen.diversity)
+    diversity = config.evaluation.diversity if chosen.diversity is None else chosen.diversity
+    try:
+        how = dataclasses.replace(
+            config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling, diversity=diversity
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    extras = Extras(chosen.bertscore_model, chosen.perplexity_model)
     device = str(device_of(chosen.use_gpu))
     (quality,) = evaluate_model(Path(chosen.model), rows, how, device, extras=extras)
     result = summary(quality, len(rows), Path(chosen.model), chosen.data, counts)

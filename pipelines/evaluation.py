@@ -75,16 +75,10 @@ class Extras:
     Attributes:
         bertscore_model: Folder of an encoder for BERTScore; empty: none.
         perplexity_model: Folder of a causal language model for generative perplexity; empty: none.
-        diversity: Answers drawn for each row, with different seeds, to tell how much they differ; 0: none.
     """
 
     bertscore_model: str = ""
     perplexity_model: str = ""
-    diversity: int = 0
-
-    def __post_init__(self) -> None:
-        if self.diversity < 0 or self.diversity == 1:
-            raise ValueError(f"diversity must be 0 or >= 2 answers a row, got {self.diversity}")
 
 
 def generate_rows(
@@ -212,15 +206,17 @@ def evaluate_model(
         task: Names the metrics; None: the model's own task.
 
     Raises:
-        ValueError: If there is no row, or no model in a folder that `extras` names.
+        ValueError: If there is no row, no model in a folder that `extras` names, or diversity is asked of a baseline.
     """
     if not rows:
         raise ValueError("nothing to evaluate: no row is left after the filter")
     extras = extras or Extras()
     others = _load_extras(extras, device)
     generator = yan_core.load(folder, device)
-    if extras.diversity and not isinstance(generator.model, YanModel):
-        raise ValueError(f"diversity must be 0 for {folder}, a baseline that gives one answer whatever the seed")
+    if config.diversity and not isinstance(generator.model, YanModel):
+        raise ValueError(
+            f"evaluation.diversity must be 0 for {folder}, a baseline that gives one answer whatever the seed"
+        )
     task, normalize = task or get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
@@ -231,9 +227,9 @@ def evaluate_model(
         told = answer_rows(generator, rows, steps, config, lengths=true_lengths)
         scores = score_answers(task, rows, answers, normalize, others)
         of_told = score_answers(task, rows, told, normalize, others)
-        if extras.diversity:
+        if config.diversity:
             drawn = [answers]
-            for candidate in range(1, extras.diversity):
+            for candidate in range(1, config.diversity):
                 seeds = range(candidate * len(rows), (candidate + 1) * len(rows))
                 drawn.append(answer_rows(generator, rows, steps, config, seeds))
             scores |= diversity(list(zip(*drawn, strict=True)))

@@ -33,7 +33,7 @@ from pipelines.encode import SCHEMAS, Encode, Record, text_row
 from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of
 from pipelines.order import Shard
 from pipelines.pieces import do_pieces
-from pipelines.sources import Source, find_dataset, open_files, open_source, value_at
+from pipelines.sources import Rows, Source, find_dataset, open_files, open_source, value_at
 from yan_core.config import DataConfig, RunConfig, to_dict
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
@@ -110,21 +110,29 @@ def corpora_of(data: DataConfig) -> list[str]:
     return [data.corpus] if data.corpus else []
 
 
+PIECES_AT_ONCE = 48
+"""Pieces that a vocabulary's sample takes its rows from in turn, a thousand each time."""
+
+
 def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]) -> Tokenizer:
-    """A vocabulary from tokenizer.sample_rows rows of each data set, pieces in a seeded order."""
+    """A vocabulary from tokenizer.sample_rows rows of each data set, some of each piece, in a seeded order."""
     task, limit = get_task(config.data.task), config.tokenizer.sample_rows
 
     def rows(source: Source) -> Iterator[dict[str, Any]]:
-        left = limit
-        for number in np.random.default_rng(config.seed).permutation(len(source.pieces)):
+        left, waiting = limit, list(np.random.default_rng(config.seed).permutation(len(source.pieces)))
+        opened: list[Iterator[Rows]] = []
+        while left > 0 and (waiting or opened):
+            while waiting and len(opened) < PIECES_AT_ONCE:
+                opened.append(source.rows(source.pieces[waiting.pop()]))
+            piece = opened.pop(0)
             try:
-                for batch in source.rows(source.pieces[number]):
-                    yield from batch.rows[:left]
-                    left -= len(batch.rows)
-                    if left <= 0:
-                        return
+                batch = next(piece, None)
             except UnreadableFile:  # set aside, and counted, when it is encoded
                 continue
+            if batch is not None:
+                yield from batch.rows[:left]
+                left -= len(batch.rows)
+                opened.append(piece)
 
     def texts() -> Iterator[str]:
         for source in corpora:

@@ -35,7 +35,7 @@ class TokenizerConfig:
     lowercase: bool = False
     """Lower-case the text first; the case is then lost in answers too, and does not count when they are scored."""
     sample_rows: int = 50_000
-    """Rows of the corpus read to train the vocabulary."""
+    """Rows read to train the vocabulary, of each data set and there of many files in turn."""
 
     def __post_init__(self) -> None:
         least = 260 if self.kind == "bpe" else 8
@@ -663,6 +663,8 @@ class EvaluationConfig:
     """Rows of a batch."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and candidates."""
+    diversity: int = 0
+    """Answers drawn for each row, with different seeds, to tell how much they differ; 0: none. A baseline has one."""
     every_steps: int = 0
     """Steps of the fine-tuning between measurements on the first `rows_while_training` validation rows; 0: none."""
     rows_while_training: int = 200
@@ -679,6 +681,10 @@ class EvaluationConfig:
         _require(
             len(self.num_steps) > 0 and min(self.num_steps) >= 1,
             f"evaluation.num_steps must name step counts >= 1, got {self.num_steps}",
+        )
+        _require(
+            self.diversity == 0 or self.diversity >= 2,
+            f"evaluation.diversity must be 0 or >= 2 answers a row, got {self.diversity}",
         )
         for name in ("max_rows", "batch_size", "rows_while_training"):
             value = getattr(self, name)

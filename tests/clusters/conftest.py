@@ -1,13 +1,17 @@
-"""A PostgreSQL of the test's own."""
+"""A PostgreSQL of the test's own, and how tests ask a cluster and wait for it."""
 
+import json
 import os
 import pwd
 import shutil
 import socket
 import subprocess
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def asked(url: str, token: str) -> Any:
+    """What an address answers to one who has the token, read as JSON."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def wait_until(holds: Any, timeout_s: float, told: Any = lambda: "") -> None:
+    """Wait for what holds at last; it may fail as long as the other side is not there."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if holds():
+                return
+        except (OSError, ValueError):
+            pass  # the tunnel or the head is not there yet
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")

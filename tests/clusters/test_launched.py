@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from tests.clusters.checks import ROOT
-from tests.clusters.conftest import free_port
+from tests.clusters.conftest import asked, free_port, wait_until
 from tests.clusters.machines import ADDRESSES, NAMES, Machines, missing
 
 pytestmark = [
@@ -95,24 +95,6 @@ class Launched:
         return sorted(
             (r["node_ip"], r["replica_id"]) for r in deployment.get("replicas", []) if r["state"] == "RUNNING"
         )
-
-
-def asked(url: str, token: str) -> Any:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return json.load(answer)
-
-
-def wait_until(holds: Any, timeout_s: float, told: Any = lambda: "") -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if holds():
-                return
-        except (OSError, ValueError):
-            pass  # the tunnel or the head is not there yet
-        assert time.monotonic() < deadline, told()
-        time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")

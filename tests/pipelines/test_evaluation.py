@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import yan_core
-from pipelines.evaluation import Extras, evaluate_model, summary
+from pipelines.evaluation import evaluate_model, summary
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, EvaluationConfig, SamplingConfig, TokenizerConfig
@@ -99,7 +99,7 @@ def test_evaluating_twice_gives_the_same_quality_to_the_last_digit(model_folder)
     for seed in (0, 1):  # nothing may depend on the process's own generators
         torch.manual_seed(seed)
         random.seed(seed)
-        (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, batch_size=5), extras=Extras(diversity=3))
+        (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, batch_size=5, diversity=3))
         found.append((quality.metrics, quality.intervals, quality.counts, quality.examples))
     assert found[0] == found[1]
 
@@ -107,7 +107,7 @@ def test_evaluating_twice_gives_the_same_quality_to_the_last_digit(model_folder)
 def test_several_answers_a_row_tell_how_they_differ(model_folder):
     folder, _ = model_folder
     rows = [{"source": text, "answers": ["x"]} for text in TEXTS]
-    (quality,) = evaluate_model(folder, rows, TWO_STEPS, extras=Extras(diversity=3))
+    (quality,) = evaluate_model(folder, rows, replace(TWO_STEPS, diversity=3))
     generator = yan_core.load(folder)
     shares = []
     for i, row in enumerate(rows):
@@ -116,7 +116,7 @@ def test_several_answers_a_row_tell_how_they_differ(model_folder):
     assert quality.metrics["distinct_answers"] == pytest.approx(sum(shares) / 3)
     assert {"self_bleu", "distinct_1", "distinct_2"} <= set(quality.intervals)
     with pytest.raises(ValueError, match="0 or >= 2"):
-        Extras(diversity=1)
+        replace(TWO_STEPS, diversity=1)
 
 
 def test_a_baseline_that_answers_greedily_has_no_diversity(tmp_path):
@@ -124,7 +124,7 @@ def test_a_baseline_that_answers_greedily_has_no_diversity(tmp_path):
     shape = BaselineConfig(d_model=16, num_blocks=1, num_heads=1)
     save_pretrained(tmp_path / "model", build_model(shape, tokenizer.vocab_size, seed=0), tokenizer, DETAILS)
     with pytest.raises(ValueError, match="diversity must be 0 for .*model, a baseline that gives one answer"):
-        evaluate_model(tmp_path / "model", [{"source": "a", "answers": ["x"]}], TWO_STEPS, extras=Extras(diversity=3))
+        evaluate_model(tmp_path / "model", [{"source": "a", "answers": ["x"]}], replace(TWO_STEPS, diversity=3))
 
 
 def test_labels_that_are_none_and_sources_that_are_cut_are_counted(tmp_path):

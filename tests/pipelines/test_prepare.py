@@ -635,3 +635,19 @@ def test_a_straggler_of_an_interrupted_preparation_spoils_nothing(tmp_path):
     prepared = prepare(dataclasses.replace(config, data=shorter), tmp_path / "out")
     assert prepared.manifest["sources_cut"] == 20 and prepared.is_whole()
     assert not list(prepared.folder.rglob("scratch")) and not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_vocabulary_is_learnt_from_every_file_of_a_corpus(tmp_path):
+    """Files of a corpus may be of different kinds; a sample from the first one alone would know only its words."""
+    for i in range(4):
+        words = [f"word{chr(97 + i)}{chr(97 + j)}" for j in range(26)]
+        rows = [{"text": f"{words[j % 26]} here"} for j in range(3000)]
+        write(tmp_path, "jsonl", rows, f"part{i}")
+    base = config_for(tmp_path)
+    plain = DatasetConfig(format="jsonl", train=str(tmp_path / "part*.jsonl"))
+    data = replace(base.data, corpus="plain", datasets={**base.data.datasets, "plain": plain})
+    prepared = prepare(
+        replace(base, data=data, tokenizer=replace(base.tokenizer, sample_rows=4 * 1024)), tmp_path / "out"
+    )
+    known = prepared.tokenizer.backend.get_vocab()
+    assert all(f"word{chr(97 + i)}{chr(97 + j)}" in known for i in range(4) for j in range(26))
