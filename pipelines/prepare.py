@@ -224,7 +224,10 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
 
     try:
         if corpora or not share:
-            do_pieces([keep_out], [len(held_out.pieces)], of_core, say, every_s)
+            if len(held_out.pieces) > 1:
+                do_pieces([keep_out], [len(held_out.pieces)], of_core, say, every_s)
+            else:
+                keep_out(0)  # sooner than a task
             documents, texts = keep_out.read()
         else:
             documents = texts = np.zeros(0, np.uint64)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +17,11 @@ import pytest
 
 from pipelines import stream
 from pipelines.cluster import ray_session
-from pipelines.documents import document_key, split_of
+from pipelines.documents import clean, document_key, split_of
 from pipelines.listing import DataError
 from pipelines.prepare import open_prepared, prepare, read_text_rows
 from pipelines.stream import read_rows_of
-from yan_core.config import DatasetConfig, RunConfig, from_dict
+from yan_core.config import CleanConfig, DatasetConfig, RunConfig, from_dict
 
 pytestmark = pytest.mark.ray
 
@@ -652,3 +654,12 @@ def test_a_vocabulary_is_learnt_from_every_file_of_a_corpus(tmp_path):
     every = " ".join(f"word{chr(97 + i)}{chr(97 + j)}" for i in range(4) for j in range(26))
     (found,) = prepared.tokenizer.encode_batch([every])
     assert prepared.tokenizer.decode(found.ids) == every  # unknown words are left out
+
+
+def test_every_control_and_format_character_goes_but_line_feeds_and_tabs():
+    config = CleanConfig()
+    for code in range(sys.maxunicode + 1):
+        goes = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Co") and chr(code) not in "\n\t"
+        if goes or code < 0x3000:
+            text = f"a{chr(code)}b"
+            assert clean(text, config) == ("ab" if goes else unicodedata.normalize("NFC", text)), hex(code)
