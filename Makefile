@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PLAIN := not gpu and not cluster and not soak
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
-.PHONY: quickstart test test-runs test-rest test-fast test-cluster machines machines-down lint typecheck docs format constraints clean
+.PHONY: quickstart test test-runs test-rest test-fast coverage test-cluster machines machines-down lint typecheck docs format constraints clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
@@ -19,6 +19,14 @@ test-runs test-rest: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
+
+# Which branches the tests take; a third slower than the tests alone.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -p no:cacheprovider -m "$(PLAIN)" $(PYTEST_ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --include 'yan_core/*' --skip-covered
+	$(BIN)/coverage report --omit 'yan_core/*' --skip-covered
 
 # Clusters launched for real; what it skips, it says why. The launched ones want root.
 test-cluster: $(VENV)/.installed-dev

@@ -82,6 +82,7 @@ class Usage:
         self.peak_bytes, self.stopped = 0, threading.Event()
         self.of: dict[str, int] = {}
         self.cpu: dict[int, float] = {}  # of those that ended, what they had when they were last seen
+        self.kinds: dict[int, str] = {}
         self._look()
         self.cpu_before = dict(self.cpu)
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -102,6 +103,9 @@ class Usage:
                 continue
             held[name] += memory.rss - memory.shared
             self.cpu[process.pid] = times.user + times.system
+            if name != "ray::IDLE":  # what it did before is what it is
+                self.kinds[process.pid] = name
+            self.kinds.setdefault(process.pid, name)
         if held.total() > self.peak_bytes:
             self.peak_bytes, self.of = held.total(), dict(held.most_common())
 
@@ -114,6 +118,14 @@ class Usage:
     def cpu_s(self) -> float:
         """CPU seconds so far."""
         return sum(self.cpu.values()) - sum(self.cpu_before.values())
+
+    @property
+    def cpu_of(self) -> dict[str, float]:
+        """CPU seconds so far of each kind of process, most first."""
+        used: dict[str, float] = {}
+        for pid, seconds in self.cpu.items():
+            used[self.kinds[pid]] = used.get(self.kinds[pid], 0.0) + seconds - self.cpu_before.get(pid, 0.0)
+        return {kind: round(used[kind], 1) for kind in sorted(used, key=lambda k: -used[k]) if used[kind] >= 0.1}
 
 
 def _kind(command: list[str]) -> str:
@@ -158,6 +170,7 @@ class Ingest:
         vocabulary_cpu_s: Of these, for the vocabulary.
         peak_bytes: Most memory of all processes, the object store apart.
         peak_of: What each kind of process held of it.
+        cpu_of: CPU seconds of each kind of process.
         tokenizer: Its JSON.
     """
 
@@ -168,6 +181,7 @@ class Ingest:
     vocabulary_cpu_s: float
     peak_bytes: int
     peak_of: dict[str, int]
+    cpu_of: dict[str, float]
     tokenizer: str
 
 
@@ -206,6 +220,7 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
         vocabulary_cpu_s=vocabulary_cpu_s,
         peak_bytes=usage.peak_bytes,
         peak_of=usage.of,
+        cpu_of=usage.cpu_of,
         tokenizer=prepared.tokenizer.to_json(),
     )
 
@@ -248,6 +263,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "ratio": done.tokens / (done.seconds - done.vocabulary_s) / alone,
                 "ratio_with_vocabulary": done.tokens / done.seconds / alone,
                 "cpu_s": done.cpu_s,
+                "cpu_s_of": done.cpu_of,
                 "vocabulary_cpu_s": done.vocabulary_cpu_s,
                 "tokens_per_cpu_s_bare": alone_cpu,
                 "cpu_ratio": done.tokens / (done.cpu_s - done.vocabulary_cpu_s) / alone_cpu,
@@ -262,7 +278,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"them for the vocabulary; bare tokenizer {alone / 1e6:.2f}M tok/s\n"
                 f"  of its rate {turn['ratio']:.2f}, with the vocabulary {turn['ratio_with_vocabulary']:.2f}; of its "
                 f"tokens a CPU second {turn['cpu_ratio']:.2f}, with the vocabulary "
-                f"{turn['cpu_ratio_with_vocabulary']:.2f}; {SMALL_MEGABYTES:g} MB before it took {first.seconds:.1f} s",
+                f"{turn['cpu_ratio_with_vocabulary']:.2f}; {SMALL_MEGABYTES:g} MB before it took {first.seconds:.1f} s\n"
+                f"  CPU seconds: {', '.join(f'{kind} {seconds:g}' for kind, seconds in done.cpu_of.items())}",
                 flush=True,
             )
     peak = max(turns, key=lambda turn: turn["peak_bytes_beyond_object_store"])
