@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import unicodedata
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pipelines.listing import UnreadableFile
 from pipelines.sources import Source, fields_of, value_at
@@ -59,8 +59,9 @@ def text_column(source: Source, data: DataConfig) -> str:
 
 
 def text_key(text: str) -> int:
-    """64-bit hash of a text; white space does not count."""
-    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
+    """64-bit hash of a text; white space does not count. Each text of a corpus gets one, so it has to be fast."""
+    text = text if text.isascii() else "".join(text.split())  # which knows other white space too, and is slow
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass").translate(None, b" \t\n\r\v\f"))
 
 
 def document_key(text: str) -> int:

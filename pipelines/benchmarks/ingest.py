@@ -278,7 +278,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"them for the vocabulary; bare tokenizer {alone / 1e6:.2f}M tok/s\n"
                 f"  of its rate {turn['ratio']:.2f}, with the vocabulary {turn['ratio_with_vocabulary']:.2f}; of its "
                 f"tokens a CPU second {turn['cpu_ratio']:.2f}, with the vocabulary "
-                f"{turn['cpu_ratio_with_vocabulary']:.2f}; {SMALL_MEGABYTES:g} MB before it took {first.seconds:.1f} s\n"
+                f"{turn['cpu_ratio_with_vocabulary']:.2f}; {SMALL_MEGABYTES:g} MB before it: {first.seconds:.1f} s\n"
                 f"  CPU seconds: {', '.join(f'{kind} {seconds:g}' for kind, seconds in done.cpu_of.items())}",
                 flush=True,
             )
