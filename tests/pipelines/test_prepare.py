@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import stream
 from pipelines.cluster import ray_session
-from pipelines.documents import clean, document_key, split_of
+from pipelines.documents import clean, document_key, split_of, text_key
 from pipelines.listing import DataError
 from pipelines.prepare import open_prepared, prepare, read_text_rows
 from pipelines.stream import read_rows_of
@@ -663,3 +663,11 @@ def test_every_control_and_format_character_goes_but_line_feeds_and_tabs():
         if goes or code < 0x3000:
             text = f"a{chr(code)}b"
             assert clean(text, config) == ("ab" if goes else unicodedata.normalize("NFC", text)), hex(code)
+
+
+def test_white_space_and_case_do_not_tell_documents_apart():
+    same = ["A caf\u00e9  Here", "a\tCAF\u00c9 here\n", "a\u00a0caf\u00e9\u3000here"]
+    assert len({document_key(text) for text in same}) == 1
+    assert document_key("plain words") == document_key(" plain\r\nWORDS") != document_key("plain word")
+    assert text_key("plain words") == text_key("plain  words") != text_key("Plain words")
+    assert isinstance(text_key("\ud800"), int)  # half a character, as JSON may hold one
