@@ -177,7 +177,7 @@ def test_whatever_is_killed_the_losses_are_those_of_an_undisturbed_run(tiny_sett
 def test_workers_come_and_go_with_the_nodes(tiny_settings, tmp_path):
     """Three nodes with room for a worker each, of which one leaves and comes back; three do not divide the lanes."""
     one = settings(tiny_settings, tmp_path, "one", 1)
-    steps = {"autoencoder": 10, "flow": 10, "finetune": 500}
+    steps = {"autoencoder": 10, "flow": 10, "finetune": 250}
     stages = {name: dataclasses.replace(getattr(one.stages, name), max_steps=n) for name, n in steps.items()}
     one = dataclasses.replace(one, stages=dataclasses.replace(one.stages, **stages))
     scaling = dataclasses.replace(one.scaling, num_workers=(1, 3), cpus_per_worker=2.0, resize_every_s=5.0)
