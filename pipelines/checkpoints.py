@@ -82,6 +82,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If one is not; names it.
+            OSError: If the storage does not answer, which says nothing of the checkpoint.
         """
         store, root = self._open()
         where = f"{self.root}/{name}"
@@ -92,7 +93,7 @@ class Checkpoints:
             sums = dict(seal["sha256"])
         except FileNotFoundError as error:
             raise CheckpointError(f"{where} was never finished: it has no {SEAL}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where}/{SEAL} is damaged ({error})") from error
         for file, expected in sums.items():
             if _sha256(store, f"{root}/{name}/{file}") != expected:
@@ -158,6 +159,6 @@ def _sha256(store: fs.FileSystem, path: str) -> str:
         with store.open_input_stream(path) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    except OSError:
+    except FileNotFoundError:
         return ""
     return digest.hexdigest()

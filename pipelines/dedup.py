@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.documents import document_key, text_key
+from pipelines.documents import document_key, text_key, unread_path
 from pipelines.encode import Encode
 from pipelines.listing import UnreadableFile
-from yan_core.files import atomic_folder
+from yan_core.files import atomic_folder, write_file
 
 PERMUTATIONS = 128
 """Hash values of a MinHash signature."""
@@ -69,8 +69,10 @@ class Sign:
     def __call__(self, number: int) -> None:
         """Do a piece, unless it is done."""
         path, config = self.path(number), self.encode.data.clean
-        if path.is_dir():
+        unread = unread_path(self.encode.folder, self.encode.name, number)
+        if path.is_dir() and not unread.is_file():
             return
+        unread.unlink(missing_ok=True)
         near = config.near_threshold if config.duplicates == "near" and self.encode.task is None else None
         key_of = document_key if self.encode.task is None else text_key
         rows, keys = [], []
@@ -81,8 +83,8 @@ class Sign:
                 if texts:
                     rows += list(texts)
                     keys.append(signatures(list(texts.values()), key_of, near))
-        except UnreadableFile:
-            pass  # the encoding sets the file aside, with the reason
+        except UnreadableFile as error:
+            write_file(unread, str(error))  # the encoding sets the file aside
         with atomic_folder(path) as folder:
             np.save(folder / "rows.npy", np.array(rows, np.int64))
             np.save(folder / "keys.npy", np.concatenate(keys) if keys else np.zeros((0, 1), np.uint64))

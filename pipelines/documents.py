@@ -17,25 +17,32 @@ import xxhash
 from pipelines.listing import UnreadableFile
 from pipelines.sources import Source, fields_of, value_at
 from yan_core.config import CleanConfig, DataConfig
-from yan_core.files import atomic_folder
+from yan_core.files import atomic_folder, write_file
 from yan_core.tasks import Task
 
 
 def clean(text: str, config: CleanConfig) -> str:
-    """A text in its normal form, without control characters and white space around it."""
+    """A text in its normal form: ends of lines as line feeds, no control characters, no white space around it."""
     if not config.unicode:
         return text
     text = unicodedata.normalize(config.unicode, text)
     if not text.replace("\n", "").replace("\t", "").isprintable():  # ten times as fast as the expression
-        text = _unseen().sub("", text)
+        text = _unseen().sub("", text.replace("\r\n", "\n").translate(_BREAKS))
     return text.strip()
+
+
+_BREAKS = {ord(c): "\n" for c in "\r\v\f\x85"} | {code: " " for code in range(0x1C, 0x20)}
+"""Control characters that stand between words."""
+
+_KEPT = "\n\t\u200c\u200d"
+"""Line feed and tab, and the joiners that Persian, Indic scripts and emoji are written with."""
 
 
 @lru_cache(maxsize=1)
 def _unseen() -> re.Pattern[str]:
-    """Control and format characters, surrogates and private ones, line feeds and tabs apart."""
+    """Control and format characters, surrogates and private ones, without those that are kept."""
     codes = range(sys.maxunicode + 1)
-    unseen = (c for c in codes if unicodedata.category(chr(c)) in ("Cc", "Cf", "Cs", "Co") and chr(c) not in "\n\t")
+    unseen = (c for c in codes if unicodedata.category(chr(c)) in ("Cc", "Cf", "Cs", "Co") and chr(c) not in _KEPT)
     runs = (list(run) for _, run in groupby(enumerate(unseen), lambda pair: pair[1] - pair[0]))
     return re.compile("[" + "".join(rf"\U{run[0][1]:08x}-\U{run[-1][1]:08x}" for run in runs) + "]")
 
@@ -82,6 +89,11 @@ def split_of(key: int, held_out: float) -> str:
     return "validation" if place < held_out else "test" if place < 2 * held_out else "train"
 
 
+def unread_path(folder: Path, name: str, number: int) -> Path:
+    """Where a pass leaves why it could not read a piece; the passes after it leave the piece out too."""
+    return folder / "unread" / f"{name}-{number:06d}.txt"
+
+
 @dataclass(frozen=True)
 class KeepOut:
     """Writes the keys of what a piece of the held-out rows keeps out of the training: documents, and all their texts.
@@ -106,17 +118,18 @@ class KeepOut:
 
     def __call__(self, number: int) -> None:
         """Do a piece, unless it is done."""
-        path = self.path(number)
-        if path.is_dir():
+        path, unread = self.path(number), unread_path(self.folder, f"validation-{self.source.name}", number)
+        if path.is_dir() and not unread.is_file():
             return
+        unread.unlink(missing_ok=True)
         documents: set[int] = set()
         texts: set[int] = set()
         try:
             for batch in self.source.rows(self.source.pieces[number]):
                 for row in batch.rows:
                     self._add(row, documents, texts)
-        except UnreadableFile:
-            pass  # the encoding sets the file aside, with the reason
+        except UnreadableFile as error:
+            write_file(unread, str(error))  # the encoding sets the file aside
         with atomic_folder(path) as folder:
             for name, keys in (("documents", documents), ("texts", texts)):
                 np.save(folder / f"{name}.npy", np.array(sorted(keys), np.uint64))
@@ -132,7 +145,7 @@ class KeepOut:
         else:
             if self.held_out and split_of(key, self.held_out) == "train":
                 return
-            documents.add(key)
+            documents |= {key, document_key(fields[self.task.document])}
         texts |= {document_key(text) for text in fields.values() if isinstance(text, str) and text}
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.documents import clean, document_of, split_of, task_fields, text_column
+from pipelines.documents import clean, document_key, document_of, split_of, task_fields, text_column, unread_path
 from pipelines.listing import UnreadableFile
 from pipelines.sources import Piece, Rows, Source, value_at
 from yan_core.config import DataConfig
@@ -207,7 +207,9 @@ class Encode:
                 place = self.folder / file.relative_to(own)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
-        write_file(self.record_path(number), json.dumps(vars(record)))
+        record.first_bad = json.loads(json.dumps(record.first_bad, default=str))  # dates, bytes
+        if not record.unreadable:  # else it is read again by the next call
+            write_file(self.record_path(number), json.dumps(vars(record)))
         return record
 
     def _write(self, number: int, folder: Path) -> Record:
@@ -226,6 +228,9 @@ class Encode:
         duplicates = set(np.load(path).tolist()) if path.is_file() else set()
         do = self._windows if self.task is None else self._pairs
         try:
+            unread = unread_path(self.folder, self.name, number)
+            if unread.is_file():  # by a pass before: what it did not see must not get in here
+                raise UnreadableFile(unread.read_text(encoding="utf-8"))
             for batch in self.source.rows(piece):
                 bad = [{**b, "row": None} for b in batch.bad] + do(batch, duplicates, record, writer)
                 record.filtered += batch.filtered
@@ -279,8 +284,12 @@ class Encode:
         key = document_of(row, self.source, text)
         if dataset.held_out and split_of(key, dataset.held_out) != "train":
             return "held out"
+        keys = {key, document_key(text)} if dataset.document else {key}  # under another name it is the same text
+        return "in validation" if any(map(self._is_kept_out, keys)) else ""
+
+    def _is_kept_out(self, key: int) -> bool:
         place = int(np.searchsorted(self.kept_out, np.uint64(key)))
-        return "in validation" if place < len(self.kept_out) and int(self.kept_out[place]) == key else ""
+        return place < len(self.kept_out) and int(self.kept_out[place]) == key
 
     def _windows(
         self, batch: Rows, duplicates: set[int], record: Record, writer: Callable[[str, str], ShardWriter]
@@ -399,6 +408,6 @@ def text_row(fields: dict[str, Any], task: Task) -> dict[str, Any]:
 def set_aside(path: Path, piece: Piece, bad: list[dict[str, Any]]) -> None:
     """Append unusable rows with file, row and reason to a file of the quarantine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as out:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as out:  # halves of characters
         for entry in bad:
             out.write(json.dumps({"file": piece.where, **entry}, default=str, ensure_ascii=False) + "\n")

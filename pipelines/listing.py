@@ -80,6 +80,20 @@ def list_files(path: str) -> list[str]:
     return sorted(glob.glob(path))
 
 
+def sizes_of(files: list[str]) -> dict[str, list[int]]:
+    """Size and time of the last change of those that are files, here or in a bucket; others are left out."""
+    found: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            store, path = open_store(file)
+            info = store.get_file_info(path)
+        except (OSError, pa.ArrowException):  # a shard by name; of what is gone the reading says more
+            continue
+        if info.type == fs.FileType.File:
+            found[file] = [info.size, info.mtime_ns or 0]
+    return found
+
+
 def _remote_files(url: str) -> list[str]:
     where, asked, options = url.partition("?")
     scheme, _, rest = where.partition("://")

@@ -30,7 +30,7 @@ from pipelines.checks import Watch, check_clean, check_corpus, check_counts, che
 from pipelines.dedup import Sign, mark_duplicates, pairs_of
 from pipelines.documents import KeepOut, clean, task_fields, text_column
 from pipelines.encode import SCHEMAS, Encode, Record, text_row
-from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of
+from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of, sizes_of
 from pipelines.order import Shard
 from pipelines.pieces import do_pieces
 from pipelines.sources import Rows, Source, find_dataset, open_files, open_source, value_at
@@ -153,11 +153,11 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
 
 def _inputs(config: RunConfig, sources: Sequence[Source]) -> str:
     """What the pieces' records depend on; another one makes them worthless."""
-    files = sorted({piece.where for source in sources for piece in source.pieces if os.path.isfile(piece.where)})
-    known = {file: [os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files}
+    pieces = [[source.name, *vars(piece).values()] for source in sources for piece in source.pieces]
+    known = sizes_of(sorted({piece.where for source in sources for piece in source.pieces}))
     data = {k: v for k, v in to_dict(config.data).items() if k not in ("pool_batches", "lanes", "bad_rows_allowed")}
     kept = [field.name for field in dataclasses.fields(Record)]  # of another version's records
-    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, known, kept]
+    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, pieces, known, kept]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -167,6 +167,19 @@ def _mixture(data: DataConfig, rows: Counter[str]) -> dict[str, float]:
         return {name: part.epochs for name, part in data.mixture.items()}
     wanted = {name: part.share / max(1, rows[name]) for name, part in data.mixture.items()}
     return {name: value / min(wanted.values()) for name, value in wanted.items()}
+
+
+def cpus_of_a_task(nodes: Sequence[float], here: int, pieces: int) -> tuple[int, float]:
+    """Threads of a task, so that few pieces keep a cluster busy and each fits on a node, and logical CPUs of a thread.
+
+    Args:
+        nodes: Logical CPUs of each node that lives.
+        here: Cores of this machine: a Ray of its own has more logical CPUs than there are cores, see `ray_session`.
+        pieces: Tasks.
+    """
+    of_core = max(1.0, nodes[0] / here) if len(nodes) == 1 else 1.0
+    most = int(max(nodes, default=1) / of_core)
+    return max(1, min(most, int(sum(nodes) / of_core) // pieces)), of_core
 
 
 def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda line: None) -> Prepared:
@@ -214,16 +227,15 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     share = 0.0 if pairs.dataset.validation else pairs.dataset.held_out  # of the training rows themselves
     keep_out = KeepOut(held_out, task, data.clean, share, work.resolve())
     everything = [pairs, held_out, *corpora]
-    logical, real = ray.cluster_resources().get("CPU", 1), len(ray.nodes()) * (os.cpu_count() or 1)
-    threads = max(1, int(min(logical, real)) // sum(len(s.pieces) for s in everything))
-    of_core = max(1.0, logical / real)  # a local Ray has more logical CPUs than there are cores: see ray_session
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    threads, of_core = cpus_of_a_task(nodes, os.cpu_count() or 1, sum(len(s.pieces) for s in everything))
     every_s = max(1.0, config.log_every_s)
 
     def encode(source: Source, split: str, template: Task | None, keys: np.ndarray) -> Encode:
         return Encode(source, split, template, data, tokenizer.to_json(), work.resolve(), keys, threads)
 
     try:
-        if corpora or not share:
+        if corpora or not share or pairs.dataset.document:
             if len(held_out.pieces) > 1:
                 do_pieces([keep_out], [len(held_out.pieces)], of_core, say, every_s)
             else:
@@ -233,7 +245,8 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
             documents = texts = np.zeros(0, np.uint64)
         none = np.zeros(0, np.uint64)
         kept_texts = np.union1d(documents, texts)  # a text of the corpus may be one of the passages
-        jobs = [encode(pairs, "train", task, none if share else documents), encode(held_out, "validation", task, none)]
+        own = documents if pairs.dataset.document or not share else none  # else the document's key says all
+        jobs = [encode(pairs, "train", task, own), encode(held_out, "validation", task, none)]
         jobs += [encode(source, "corpus", None, kept_texts) for source in corpora]
         if data.clean.duplicates != "keep":
             signs = [Sign(job) for job in (jobs[0], *jobs[2:])]
@@ -274,7 +287,7 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
         "sources_cut": sum(r.cut_rows for r in every),
         "source_tokens_cut": sum(r.cut_tokens for r in every),
     }
-    for scratch in ("records", "keys", "signatures", "duplicates", "scratch"):
+    for scratch in ("records", "keys", "unread", "signatures", "duplicates", "scratch"):
         shutil.rmtree(work / scratch, ignore_errors=True)
     write_file(work / "manifest.json", json.dumps(manifest, indent=2))
     old = folder.with_name(f"{folder.name}.replaced")

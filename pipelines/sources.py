@@ -10,6 +10,8 @@ import csv
 import io
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -231,8 +233,19 @@ def _open(path: str) -> pa.NativeFile:
 def _text(path: str) -> Iterator[io.TextIOWrapper]:
     """A text file, which may be compressed (.gz, .bz2, .zst)."""
     store, inside = open_store(path)
-    with store.open_input_stream(inside) as stream, io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+    with (
+        store.open_input_stream(inside) as stream,
+        io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text,
+    ):
         yield text
+
+
+NO_UTF_8 = "no UTF-8"
+
+
+def _is_utf_8(text: str) -> bool:
+    """Whether no byte of what was read from a file stands for itself."""
+    return text.isascii() or not re.search("[\udc80-\udcff]", text)
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -288,6 +301,9 @@ def _read_jsonl(piece: Piece) -> Iterator[Rows]:
         for number, line in _lines(piece.where):
             if not line.strip():
                 continue
+            if not _is_utf_8(line):
+                yield number, NO_UTF_8
+                continue
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -301,10 +317,13 @@ def _read_jsonl(piece: Piece) -> Iterator[Rows]:
 def _read_csv(piece: Piece) -> Iterator[Rows]:
     def rows() -> Iterator[tuple[int, dict[str, Any] | str]]:
         with _text(piece.where) as text:
+            csv.field_size_limit(sys.maxsize)
             reader = csv.reader(text)
             header = next(reader, [])
             for number, values in enumerate(reader):
-                if len(values) == len(header):
+                if not all(map(_is_utf_8, values)):
+                    yield number, NO_UTF_8
+                elif len(values) == len(header):
                     yield number, dict(zip(header, values, strict=True))
                 elif values:
                     yield number, f"{len(values)} values in a row of {len(header)} columns"
@@ -313,7 +332,7 @@ def _read_csv(piece: Piece) -> Iterator[Rows]:
 
 
 def _read_text(piece: Piece) -> Iterator[Rows]:
-    return _chunks((number, {"text": line}) for number, line in _lines(piece.where))
+    return _chunks((n, {"text": line} if _is_utf_8(line) else NO_UTF_8) for n, line in _lines(piece.where))
 
 
 READERS: dict[str, Callable[[Piece], Iterator[Rows]]] = {"jsonl": _read_jsonl, "csv": _read_csv, "text": _read_text}

@@ -333,6 +333,7 @@ def train_one_stage(
         num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
         counts = state.objective.counts(batch).of_all_workers()
         bf16 = device.type == "cuda"
+        torch.manual_seed(config.seed + state.step + (rank << 32))  # GPT-2 and BART draw their dropout from there
         try:
             metrics = train_step(
                 objective,

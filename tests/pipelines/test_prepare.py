@@ -1,12 +1,14 @@
 """Rows of every format -> shards, and what is said about rows that cannot be used."""
 
 import dataclasses
+import gzip
 import json
 import re
 import shutil
 import sys
 import unicodedata
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import datasets
@@ -17,11 +19,15 @@ import pytest
 
 from pipelines import stream
 from pipelines.cluster import ray_session
-from pipelines.documents import clean, document_key, split_of, text_key
+from pipelines.documents import KeepOut, clean, document_key, split_of, text_key
+from pipelines.encode import Encode
 from pipelines.listing import DataError
-from pipelines.prepare import open_prepared, prepare, read_text_rows
+from pipelines.prepare import cpus_of_a_task, open_prepared, prepare, read_text_rows
+from pipelines.sources import open_source
 from pipelines.stream import read_rows_of
 from yan_core.config import CleanConfig, DatasetConfig, RunConfig, from_dict
+from yan_core.tasks import get_task
+from yan_core.tokenization import Tokenizer
 
 pytestmark = pytest.mark.ray
 
@@ -432,7 +438,7 @@ def test_training_rows_that_are_there_twice_are_dropped(tmp_path):
 
 
 def test_a_row_that_is_left_out_makes_no_other_one_a_duplicate(tmp_path):
-    """Of two equal rows of which the first is held out the other one is trained on."""
+    """Of equal rows those that are held out, or share a passage with one that is, are counted as such."""
     rows = [{**ROWS[0], "story": f"Story {i}.", "page": f"page {i}"} for i in range(100)]
     again = [{**row, "page": f"copy of {row['page']}"} for row in rows]
     pq.write_table(pa.Table.from_pylist([*rows, *again]), tmp_path / "rows.parquet")
@@ -441,10 +447,12 @@ def test_a_row_that_is_left_out_makes_no_other_one_a_duplicate(tmp_path):
     data = {"dataset": "own", "datasets": {"own": own}, "clean": {"duplicates": "exact"}}
     prepared = prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out")
     documents = {r["page"]: split_of(document_key(r["page"]), 0.25) for r in [*rows, *again]}
-    trained = [i for i in range(100) if "train" in (documents[f"page {i}"], documents[f"copy of page {i}"])]
-    both = [i for i in trained if documents[f"page {i}"] == documents[f"copy of page {i}"]]
-    assert prepared.manifest["rows"]["finetune"] == len(trained) > len(both) > 10
-    assert prepared.manifest["dropped"] == {"duplicate": len(both), "held out": 200 - len(trained) - len(both)}
+    pairs = [{documents[f"page {i}"], documents[f"copy of page {i}"]} for i in range(100)]
+    trained = pairs.count({"train"})  # of each the first; where one of two is held out, the other has its passage
+    held = sum(split != "train" for split in documents.values())
+    assert prepared.manifest["rows"]["finetune"] == trained > 10
+    dropped = {"duplicate": trained, "held out": held, "in validation": 200 - 2 * trained - held}
+    assert prepared.manifest["dropped"] == dropped and min(dropped.values()) > 10
 
 
 @pytest.mark.parametrize(
@@ -542,9 +550,9 @@ def test_a_bad_line_and_an_unreadable_file_are_set_aside_with_file_and_row(tmp_p
     folder = tmp_path / "rows"
     folder.mkdir()
     (folder / "0.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS) + '{"story": "Mary we\n[1]\n')
-    (folder / "1.jsonl").write_bytes(b'{"story": "\xff\xfe"}\n')
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:60])
     held_out = write(tmp_path, "jsonl", HELD_OUT, "held_out")
-    with pytest.raises(DataError, match=r"cannot read .*1\.jsonl as jsonl: .*utf-8.*--data\.bad_rows_allowed"):
+    with pytest.raises(DataError, match=r"cannot read .*1\.jsonl\.gz as jsonl: .*--data\.bad_rows_allowed"):
         prepare(
             config_for(tmp_path, "jsonl", path=str(folder), held_out=held_out, rows=None, bad_rows_allowed=0.1),
             tmp_path / "out",
@@ -559,7 +567,7 @@ def test_a_bad_line_and_an_unreadable_file_are_set_aside_with_file_and_row(tmp_p
     assert [(Path(f["file"]).name, f["row_number"]) for f in found] == [
         ("0.jsonl", 40),
         ("0.jsonl", 41),
-        ("1.jsonl", None),
+        ("1.jsonl.gz", None),
     ]
     assert found[0]["reason"].startswith("no JSON") and found[1]["reason"].startswith("a row must be a JSON object")
 
@@ -656,13 +664,20 @@ def test_a_vocabulary_is_learnt_from_every_file_of_a_corpus(tmp_path):
     assert prepared.tokenizer.decode(found.ids) == every  # unknown words are left out
 
 
-def test_every_control_and_format_character_goes_but_line_feeds_and_tabs():
+def test_control_and_format_characters_go_and_words_stay_apart():
     config = CleanConfig()
     for code in range(sys.maxunicode + 1):
-        goes = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Co") and chr(code) not in "\n\t"
-        if goes or code < 0x3000:
-            text = f"a{chr(code)}b"
-            assert clean(text, config) == ("ab" if goes else unicodedata.normalize("NFC", text)), hex(code)
+        goes = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Co")
+        goes &= chr(code) not in "\n\t\r\v\f\x1c\x1d\x1e\x1f\x85\u200c\u200d"
+        if goes:
+            assert clean(f"a{chr(code)}b", config) == "ab", hex(code)
+        elif code in range(0x20, 0x7F) or code in range(0xA0, 0x3000):
+            assert clean(f"a{chr(code)}b", config) == unicodedata.normalize("NFC", f"a{chr(code)}b"), hex(code)
+    assert clean("page\x0cone\r\ntwo\rthree\x0bfour\x85five\x1fsix", config) == "page\none\ntwo\nthree\nfour\nfive six"
+    assert (
+        clean("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645\x00", config)
+        == "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
+    )
 
 
 def test_white_space_and_case_do_not_tell_documents_apart():
@@ -671,3 +686,90 @@ def test_white_space_and_case_do_not_tell_documents_apart():
     assert document_key("plain words") == document_key(" plain\r\nWORDS") != document_key("plain word")
     assert text_key("plain words") == text_key("plain  words") != text_key("Plain words")
     assert isinstance(text_key("\ud800"), int)  # half a character, as JSON may hold one
+
+
+def test_a_bad_row_of_any_kind_is_set_aside_alone(tmp_path):
+    """Dates, bytes and halves of characters have no JSON of their own; a bad byte is a bad row, not a bad file."""
+    when = datetime(2026, 1, 2, tzinfo=UTC)
+    dated = [{**row, "when": when, "raw": b"\xff"} for row in [*ROWS, {**ROWS[0], "answer": None}]]
+    for kind, rows in (("parquet", dated), ("jsonl", [*ROWS, {**ROWS[0], "story": "\ud83d", "answer": None}])):
+        prepared = prepare(config_for(tmp_path, kind, rows, bad_rows_allowed=0.1), tmp_path / kind)
+        assert prepared.manifest["bad_rows"]["train"] == 1 and prepared.manifest["rows"]["finetune"] == 20
+    lines = [json.dumps(row).encode() for row in ROWS]
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(b"\n".join([*lines[:9], b'{"story": "\xff\xfe"}', *lines[9:]]))
+    held_out = write(tmp_path, "jsonl", HELD_OUT, "held")
+    config = config_for(tmp_path, path=str(path), held_out=held_out, rows=None, bad_rows_allowed=0.1)
+    prepared = prepare(config, tmp_path / "bytes")
+    assert prepared.manifest["bad_rows"]["train"] == 1 and prepared.manifest["rows"]["finetune"] == 20
+    (line,) = (prepared.folder / "quarantine" / "train" / "own-000000.jsonl").read_text().splitlines()
+    assert (json.loads(line)["row_number"], json.loads(line)["reason"]) == (9, "no UTF-8")
+
+
+def test_a_passage_of_the_validation_rows_is_not_trained_on_under_another_name(tmp_path):
+    rows = [{**ROWS[0], "story": f"Passage {i}.", "page": f"a{i}"} for i in range(20)]
+    held = [{**ROWS[0], "story": f"passage  {i}.", "page": f"b{i}"} for i in range(0, 20, 4)]
+    files = {"train": write(tmp_path, "jsonl", rows), "validation": write(tmp_path, "jsonl", held, "held")}
+    own = {"format": "jsonl", **files, "document": "page", "columns": {"context": "story"}}
+    texts = [{"text": row["story"], "page": f"c{row['page']}"} for row in rows]
+    plain = {"format": "jsonl", "train": write(tmp_path, "jsonl", texts, "texts"), "document": "page"}
+    data = {"dataset": "own", "corpus": "plain", "datasets": {"own": own, "plain": plain}}
+    manifest = prepare(from_dict(RunConfig, {"data": data}), tmp_path / "out").manifest
+    assert manifest["rows"]["finetune"] == manifest["rows"]["flow"] == 15 and manifest["dropped"] == {
+        "in validation": 10
+    }
+
+
+def test_what_one_pass_could_not_read_the_next_one_leaves_out(tmp_path, monkeypatch):
+    """Else a file that fails once and is read later would be evaluated on, and trained on too."""
+    folder = tmp_path / "held"
+    folder.mkdir()
+    for i in range(2):
+        write(folder, "jsonl", [{**row, "story": f"{i} {row['story']}"} for row in ROWS], str(i))
+    train = write(tmp_path, "jsonl", [{**row, "story": f"1 {row['story']}"} for row in ROWS] + HELD_OUT)
+    config = config_for(tmp_path, path=train, held_out=str(folder), rows=None, bad_rows_allowed=0.5)
+    work = tmp_path / "work"
+    source = open_source(config.data, "own", "validation", 0)
+    keep_out = KeepOut(source, get_task(config.data.task), config.data.clean, 0.0, work)
+    keep_out(0)
+    (folder / "1.jsonl").rename(folder / "1.away")
+    keep_out(1)
+    (folder / "1.away").rename(folder / "1.jsonl")
+    tokenizer = Tokenizer.train([ROWS[0]["story"]], config.tokenizer).to_json()
+    encode = Encode(
+        source, "validation", get_task(config.data.task), config.data, tokenizer, work, np.zeros(0, np.uint64)
+    )
+    assert [bool(encode(number).unreadable) for number in range(2)] == [False, True]
+    keep_out(1)  # of the next call: it is there again
+    assert not encode(1).unreadable
+
+
+@pytest.mark.parametrize(
+    "nodes, here, pieces, threads, of_core",
+    [
+        ([8.0, 8.0, 8.0], 4, 2, 8, 1.0),  # 12 cores a piece, but a node has 8
+        ([8.0, 8.0, 8.0], 4, 100, 1, 1.0),
+        ([32.0, 0.0], 4, 4, 8, 1.0),
+        ([4.0], 2, 2, 1, 2.0),  # a Ray of one's own on two cores
+        ([4.0], 2, 1, 2, 2.0),
+    ],
+)
+def test_a_task_asks_for_no_more_than_a_node_has(nodes, here, pieces, threads, of_core):
+    assert cpus_of_a_task(nodes, here, pieces) == (threads, of_core)
+    assert threads * of_core <= max(nodes)
+
+
+def test_a_bucket_or_folder_that_has_changed_is_read_anew(tmp_path):
+    """A file more moves the numbers of all pieces behind it, which what is done so far is found by."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder, "jsonl", [*ROWS, {**ROWS[0], "answer": None}], "b")
+    held_out = write(tmp_path, "jsonl", HELD_OUT, "held")
+    config = config_for(tmp_path, path=str(folder), held_out=held_out, rows=None)
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(config, tmp_path / "out")
+    before = left_behind(tmp_path)
+    write(folder, "jsonl", [{**row, "story": f"Also {row['story']}"} for row in ROWS], "a")
+    with pytest.raises(DataError, match="cannot be used"):
+        prepare(config, tmp_path / "out")
+    assert left_behind(tmp_path) != before
