@@ -27,6 +27,10 @@ DECISION = "goes_on_from.json"
 """Which checkpoint the workers that run now went on from."""
 
 
+class Unfinished(CheckpointError):
+    """A checkpoint was never sealed: its writer was killed."""
+
+
 class Checkpoints:
     """The checkpoints of one training. Ray Train gives each a name that sorts by time, and deletes the old ones."""
 
@@ -92,7 +96,7 @@ class Checkpoints:
             position = Position(**seal["position"])
             sums = dict(seal["sha256"])
         except FileNotFoundError as error:
-            raise CheckpointError(f"{where} was never finished: it has no {SEAL}") from error
+            raise Unfinished(f"{where} was never finished: it has no {SEAL}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{where}/{SEAL} is damaged ({error})") from error
         for file, expected in sums.items():
@@ -101,12 +105,23 @@ class Checkpoints:
         return position
 
     def newest(self) -> tuple[str, Position] | None:
-        """Name and position of the newest sound one; a damaged one is named in the log and passed over."""
+        """Name and position of the newest sound one; a damaged one is named in the log and passed over.
+
+        Raises:
+            CheckpointError: If there are some and all are damaged: to begin anew is for a person to decide.
+        """
+        damage: CheckpointError | None = None
         for name in self.names():
             try:
                 return name, self.verify(name)
             except CheckpointError as error:
                 logger.warning("%s; the checkpoint before it is used", error)
+                damage = damage if isinstance(error, Unfinished) else damage or error
+        if damage is not None:
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is sound. {damage}. Mend the storage, or delete that place to train "
+                "from the first step"
+            ) from damage
         return None
 
     def decide(self, fingerprints: list[str]) -> tuple[str, Position] | None:

@@ -27,8 +27,8 @@ class Value(NamedTuple):
     step: int
 
 
-UNSENT = "unsent_metrics.jsonl"
-"""In a run's folder: what could not be sent."""
+UNSENT = "unsent_metrics-{}.jsonl"
+"""In a run's folder: what could not be sent to the MLflow run of that id; other settings are another run."""
 
 logger = logging.getLogger(__name__)
 

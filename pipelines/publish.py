@@ -67,12 +67,12 @@ def record_start(config: RunConfig, prepared: Prepared, tracker: Tracker) -> Any
 
 
 def send_unsent(tracker: Tracker, folder: Path) -> None:
-    """Send what an earlier training of a run's folder could not, if MLflow answers."""
-    if (folder / UNSENT).is_file():
-        left = MetricsBuffer(lambda: tracker, folder / UNSENT).close()
-        say(
-            f"MLflow: {left} values of the training are still in {folder / UNSENT}" if left else "MLflow: sent the rest"
-        )
+    """Send what earlier trainings of a run's folder could not, each to its own MLflow run, if MLflow answers."""
+    for file in sorted(folder.glob(UNSENT.format("*"))):
+        run_id = file.name.removeprefix(UNSENT.partition("{")[0]).removesuffix(".jsonl")
+        to = tracker if run_id == tracker.run_id else Tracker(tracker.uri, run_id)
+        left = MetricsBuffer(lambda to=to: to, file).close()
+        say(f"MLflow: {left} values of the training are still in {file}" if left else "MLflow: sent the rest")
 
 
 def end_tracking(tracker: Tracker, status: str) -> None:

@@ -81,7 +81,7 @@ def train_stages(
     loop_config = {
         "stream": stream,
         "failure": str(failure),
-        "unsent": str(storage.resolve().parent / UNSENT),
+        "unsent": str(storage.resolve().parent / UNSENT.format(tracker.run_id if tracker else "")),
         "code": (code_fingerprint(), code_description()),
         "board": board,
         "mlflow": (tracker.uri, tracker.run_id) if tracker else None,

@@ -64,6 +64,19 @@ def test_a_cut_short_or_unfinished_one_is_passed_over(checkpoints, tmp_path):
         checkpoints.verify(NAMES[1])
 
 
+def test_training_does_not_begin_anew_because_every_one_is_damaged(checkpoints, tmp_path):
+    (tmp_path / "c" / NAMES[2] / SEAL).unlink()  # its writer was killed
+    for name in NAMES[:2]:
+        damage(tmp_path, name, "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=f"no checkpoint in .* is sound.*{NAMES[1]}/optimizer.pt.*delete that place"
+    ):
+        checkpoints.decide(["f"])
+    for name in NAMES[:2]:
+        (tmp_path / "c" / name / SEAL).unlink()
+    assert checkpoints.decide(["f"]) is None  # none was ever finished: nothing is lost
+
+
 def test_one_that_broke_off_leaves_nothing_that_could_be_taken_for_one(checkpoints):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("half")

@@ -186,9 +186,20 @@ def test_what_an_earlier_training_could_not_send_is_sent_though_none_follows(tmp
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "run")
     tracker.client = server  # type: ignore[assignment]
     send_unsent(tracker, tmp_path)
-    (tmp_path / UNSENT).write_text('["left", 1.0, 5, 1]\n')
+    file = tmp_path / UNSENT.format("run")
+    file.write_text('["left", 1.0, 5, 1]\n')
     send_unsent(tracker, tmp_path)
-    assert server.values == [("left", 1.0, 1)] and not (tmp_path / UNSENT).exists()
+    assert server.values == [("left", 1.0, 1)] and not file.exists()
+
+
+def test_what_a_training_with_other_settings_left_goes_to_its_own_run(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    config = RunConfig(runs_dir=str(tmp_path), tracking=TrackingConfig(uri=uri))
+    before, now = (Tracker.start(config, None) for _ in range(2))
+    (tmp_path / UNSENT.format(before.run_id)).write_text('["left", 1.0, 5, 1]\n')
+    send_unsent(now, tmp_path)
+    found = [[m.value for m in now.client.get_metric_history(of.run_id, "left")] for of in (before, now)]
+    assert found == [[1.0], []] and not list(tmp_path.glob(UNSENT.format("*")))
 
 
 def test_a_run_that_is_gone_from_mlflow_begins_anew(tmp_path, monkeypatch):
