@@ -7,8 +7,10 @@ while it fine-tunes. Source of the scheduler: Li et al. 2018, arXiv:1810.05934.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from pipelines.folders import run_lock
 from pipelines.plain import device_of, train_plainly
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.progress import say
-from pipelines.run import prepare_step
+from pipelines.run import prepare_step, with_architecture_of_start
 from pipelines.state import STAGES, model_details
-from pipelines.tracking import Tracker, check_tracking
+from pipelines.tracking import STORE_ERRORS, Tracker, check_tracking
+from yan_core.checkpoint import from_pretrained
 from yan_core.config import RunConfig, from_dict, to_dict, unknown_name
 from yan_core.files import write_file
 from yan_core.generator import TextGenerator
@@ -100,9 +103,13 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
     data = open_prepared(Path(prepared))
     name = tune.get_context().get_trial_id()
     tracker = Tracker.child(*parent, name)
-    tracker.params(settings)
+    with suppress(*STORE_ERRORS):  # MLflow may be away for a while: the search is Tune's
+        tracker.params(settings)
     device = device_of(chosen.scaling.use_gpu)
-    model = build_model(chosen.architecture, data.tokenizer.vocab_size, chosen.seed).to(device)
+    if chosen.init_from:
+        model = from_pretrained(chosen.init_from)[0].to(device)
+    else:
+        model = build_model(chosen.architecture, data.tokenizer.vocab_size, chosen.seed).to(device)
     generator = TextGenerator(model, data.tokenizer, model_details(chosen))
     rows, metric = data.validation(chosen.evaluation.max_rows), get_task(chosen.data.task).metric
     status = "KILLED"  # by the scheduler, unless it comes to its end
@@ -115,15 +122,20 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
                     model.eval()
                     answers = answer_rows(generator, rows, 3, chosen.evaluation)
                     quality = score_rows(generator, metric, rows, answers)
-                    tracker.metrics({"tune/quality": quality, "tune/loss": float(metrics["loss"])}, step)
+                    with suppress(*STORE_ERRORS):
+                        tracker.metrics({"tune/quality": quality, "tune/loss": float(metrics["loss"])}, step)
                     tune.report({"quality": quality, "step": step})
                 return True
 
             if last:
                 train_plainly(model, chosen, data, stage, after)
         status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
     finally:
-        tracker.finish(status)
+        with suppress(*STORE_ERRORS):
+            tracker.finish(status)
 
 
 def search(
@@ -197,12 +209,16 @@ def main(args: Sequence[str]) -> int:
     chosen, overrides = parser.parse_known_args(args)
     if min(chosen.trials, chosen.reports) < 1 or chosen.reduction <= 1:
         raise UsageError("--trials and --reports must be >= 1 and --reduction > 1")
-    config = parse_config("tune", ["--config", chosen.config, *overrides])
+    config = with_architecture_of_start(parse_config("tune", ["--config", chosen.config, *overrides]))
     space = parse_search(chosen.search, config)
+    if config.init_from and any(key.startswith(("model.", "baseline.")) for key in space):
+        raise UsageError(f"init_from={config.init_from} says what the model is: nothing of `model` can be searched")
     check_tracking(config)
     folder = Path(config.runs_dir) / config.name
     with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         prepared = prepare_step(config, folder)
+        if config.init_from:  # a trial has a working directory of its own
+            config = dataclasses.replace(config, init_from=str(Path(config.init_from).resolve()))
         tracker = Tracker.start(config, None)
         tracker.params({"search": " ".join(chosen.search), "trials": chosen.trials})
         say(f"tune: {chosen.trials} trials; each is a run below {tracker.run_id} in MLflow")

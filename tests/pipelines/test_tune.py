@@ -1,16 +1,25 @@
 """`yan tune`: what it refuses, and a search of seconds with its trials in MLflow."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
+import torch
 import yaml
 from ray import tune
 
 from pipelines.cli import UsageError, main
-from pipelines.tune import parse_search, with_settings
-from yan_core.config import RunConfig, to_dict
+from pipelines.cluster import ray_session
+from pipelines.prepare import prepare
+from pipelines.state import model_details
+from pipelines.tracking import Tracker
+from pipelines.tune import parse_search, trial, with_settings
+from yan_core.checkpoint import save_pretrained
+from yan_core.config import RunConfig, StageConfig, to_dict
+from yan_core.model import build_model
 
 
 def test_settings_are_put_where_their_keys_say():
@@ -58,3 +67,30 @@ def test_trials_are_runs_below_one_run_and_the_best_is_named(tiny_config, tmp_pa
     qualities = [r.data.metrics["tune/quality"] for r in trials]
     assert best["quality"] == parent.data.metrics["tune/best_quality"] <= 1 and max(qualities) >= best["quality"]
     assert all(r.data.params["stages.finetune.optim.lr"] in ("0.001", "0.01") for r in trials)
+
+
+@pytest.mark.ray
+def test_a_trial_begins_with_the_model_that_the_run_would(tiny_config, tmp_path, monkeypatch):
+    """`init_from` is where `yan run` starts; MLflow may be away meanwhile."""
+    with ray_session(1, 1):
+        prepared = prepare(tiny_config, tmp_path / "prepared")
+    model = build_model(tiny_config.model, prepared.tokenizer.vocab_size, seed=5)
+    save_pretrained(tmp_path / "start", model, prepared.tokenizer, model_details(tiny_config))
+    stages = dataclasses.replace(
+        tiny_config.stages, autoencoder=StageConfig(max_steps=0), flow=StageConfig(max_steps=0)
+    )
+    config = dataclasses.replace(tiny_config, init_from=str(tmp_path / "start"), stages=stages)
+    started: list[torch.Tensor] = []
+
+    def look(model, *args):
+        started.append(model.state_dict()["decoder.ffns.0.0.weight"].clone())
+
+    monkeypatch.setattr("pipelines.tune.train_plainly", look)
+    monkeypatch.setattr("pipelines.tune.tune.get_context", lambda: SimpleNamespace(get_trial_id=lambda: "t"))
+    monkeypatch.setattr("pipelines.tune.Tracker.child", lambda *of: Tracker("http://127.0.0.1:9", "gone"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    trial({"stages.finetune.optim.lr": 1e-3}, to_dict(config), str(tmp_path / "prepared"), 1, ("", ""))
+    assert torch.equal(started[0], model.state_dict()["decoder.ffns.0.0.weight"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    assert main(["tune", "--config", str(file), "--search", "model.dropout=choice:0,0.1"]) == 2
