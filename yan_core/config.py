@@ -601,7 +601,8 @@ class ScalingConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept while training."""
     storage: str = ""
-    """Folder or URL (s3://, gs://) for checkpoints that all nodes reach; empty: the run's folder."""
+    """Folder or URL (s3://, gs://) for checkpoints that all nodes reach; empty: the run's folder. They are in
+    `<storage>/<name>/training`: two runs of one name that train at once need two storages."""
 
     def __post_init__(self) -> None:
         least, most = self.min_workers, self.max_workers
