@@ -74,7 +74,8 @@ class Checkpoints:
         """All of them, the newest first; those that were never finished too."""
         store, root = self._open()
         found = store.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        return sorted((f.base_name for f in found if f.base_name.startswith(prefix)), reverse=True)
+        folders = (f.base_name for f in found if f.type == fs.FileType.Directory)  # Ray Train has a file beside them
+        return sorted((name for name in folders if name.startswith(prefix)), reverse=True)
 
     def remove(self, name: str) -> None:
         """Delete one."""

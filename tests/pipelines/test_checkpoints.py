@@ -87,6 +87,11 @@ def test_one_that_broke_off_leaves_nothing_that_could_be_taken_for_one(checkpoin
     assert checkpoints.newest() == (NAMES[2], at(2))
 
 
+def test_a_file_that_ray_train_leaves_beside_them_is_none(checkpoints, tmp_path):
+    (tmp_path / "c" / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert checkpoints.names() == sorted(NAMES, reverse=True) and checkpoints.newest() == (NAMES[2], at(2))
+
+
 def test_what_was_decided_is_what_every_worker_reads(checkpoints):
     assert checkpoints.decide(["e", "f"]) == (NAMES[2], at(2)) == checkpoints.decided()
     assert checkpoints.decide(["g"]) is None and checkpoints.decided() is None
