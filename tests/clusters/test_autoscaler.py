@@ -27,7 +27,7 @@ from tests.serve.conftest import save_tiny
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(900),
-    pytest.mark.skip(reason="not seen to pass yet: a submitted training waited for its first node for seven minutes"),
+    pytest.mark.skip(reason="not seen to pass yet: ended after nine minutes in its first test, and not looked into"),
 ]
 HEAD_ID = f"{'f' * 51}00000"
 IDLE_S = 9
