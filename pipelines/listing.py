@@ -82,15 +82,22 @@ def list_files(path: str) -> list[str]:
 
 def sizes_of(files: list[str]) -> dict[str, list[int]]:
     """Size and time of the last change of those that are files, here or in a bucket; others are left out."""
-    found: dict[str, list[int]] = {}
+    folders: dict[str, list[str]] = {}
     for file in files:
+        where, asked, options = file.partition("?")
+        folders.setdefault(f"{where.rpartition('/')[0]}{asked}{options}", []).append(file)
+    found: dict[str, list[int]] = {}
+    for folder, inside in folders.items():  # a listing each: a bucket would be asked for every file apart
         try:
-            store, path = open_store(file)
-            info = store.get_file_info(path)
-        except (OSError, pa.ArrowException):  # a shard by name; of what is gone the reading says more
+            store, path = open_store(folder)
+            listed = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        except (OSError, pa.ArrowException):  # what is gone, the reading says more of
             continue
-        if info.type == fs.FileType.File:
-            found[file] = [info.size, info.mtime_ns or 0]
+        infos = {info.base_name: info for info in listed if info.type == fs.FileType.File}
+        for file in inside:
+            info = infos.get(file.partition("?")[0].rpartition("/")[2])
+            if info is not None:
+                found[file] = [info.size, info.mtime_ns or 0]
     return found
 
 

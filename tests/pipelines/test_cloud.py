@@ -7,7 +7,7 @@ from pyarrow import fs
 
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import ray_session
-from pipelines.listing import DataError, list_files
+from pipelines.listing import DataError, list_files, sizes_of
 from pipelines.prepare import prepare
 from tests.pipelines.test_checkpoints import NAMES, at, write
 from yan_core.checkpoint import CheckpointError
@@ -64,6 +64,12 @@ def test_a_data_set_in_a_bucket_gives_the_same_shards(bucket, tmp_path):
     assert list_files(f"{bucket}/data/tr*.parquet") == [f"{bucket}/data/train.parquet"]
     assert list_files(f"{bucket}/**/*.parquet") == [f"{bucket}/data/{s}.parquet" for s in ("train", "validation")]
     assert list_files(f"{bucket}/*.parquet") == []
+    there = list_files(f"{bucket}/data")
+    sizes = sizes_of([*there, str(tmp_path / "train.parquet"), f"{bucket}/data/gone.parquet", "world"])
+    assert list(sizes) == [*there, str(tmp_path / "train.parquet")]
+    assert (
+        sizes[there[0]][0] == sizes[str(tmp_path / "train.parquet")][0] == (tmp_path / "train.parquet").stat().st_size
+    )
     assert list_files(f"{bucket}/data/[r-t]*.parquet") == [f"{bucket}/data/train.parquet"]
     assert list_files(f"{bucket}/data/[!t]*.parquet") == [f"{bucket}/data/validation.parquet"]
     with pytest.raises(DataError, match=f"no file at {bucket}/elsewhere/train.parquet"):
