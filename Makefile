@@ -20,7 +20,7 @@ test-runs test-rest: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
 
-# Which branches the tests take; a third slower than the tests alone.
+# Which branches the tests take, in one process.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -p no:cacheprovider -m "$(PLAIN)" $(PYTEST_ARGS)

@@ -84,8 +84,8 @@ def sizes_of(files: list[str]) -> dict[str, list[int]]:
     """Size and time of the last change of those that are files, here or in a bucket; others are left out."""
     folders: dict[str, list[str]] = {}
     for file in files:
-        where, asked, options = file.partition("?")
-        folders.setdefault(f"{where.rpartition('/')[0]}{asked}{options}", []).append(file)
+        where, asked, options = file.partition("?") if "://" in file else (file, "", "")
+        folders.setdefault(f"{os.path.dirname(where)}{asked}{options}", []).append(file)
     found: dict[str, list[int]] = {}
     for folder, inside in folders.items():  # a listing each: a bucket would be asked for every file apart
         try:
@@ -95,7 +95,7 @@ def sizes_of(files: list[str]) -> dict[str, list[int]]:
             continue
         infos = {info.base_name: info for info in listed if info.type == fs.FileType.File}
         for file in inside:
-            info = infos.get(file.partition("?")[0].rpartition("/")[2])
+            info = infos.get(os.path.basename(file.partition("?")[0] if "://" in file else file))
             if info is not None:
                 found[file] = [info.size, info.mtime_ns or 0]
     return found

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.clusters.checks import ROOT
+
 
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on."""
@@ -41,6 +43,22 @@ def wait_until(holds: Any, timeout_s: float, told: Any = lambda: "") -> None:
             pass  # the tunnel or the head is not there yet
         assert time.monotonic() < deadline, told()
         time.sleep(0.5)
+
+
+def run_shell(command: str, environment: dict[str, str], timeout_s: float) -> str:
+    """What a command of bash printed, run in the repository; it must succeed."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, f"{command}\n{said[-4000:]}"
+    return said
 
 
 @pytest.fixture(scope="module")

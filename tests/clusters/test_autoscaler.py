@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ import pytest
 import yaml
 
 from tests.clusters.checks import ROOT
-from tests.clusters.conftest import asked, free_port, wait_until
+from tests.clusters.conftest import asked, free_port, run_shell, wait_until
 from tests.serve.conftest import save_tiny
 
 pytestmark = [
@@ -93,18 +92,7 @@ class Fake:
 
     def shell(self, command: str, timeout_s: float = 300, environment: dict[str, str] | None = None) -> str:
         """What a command printed; it must succeed."""
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=ROOT,
-            env=environment or self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            stdin=subprocess.DEVNULL,
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, f"{command}\n{said[-4000:]}"
-        return said
+        return run_shell(command, environment or self.environment, timeout_s)
 
     def workers(self) -> int:
         """Worker nodes that live."""

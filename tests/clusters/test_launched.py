@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from tests.clusters.checks import ROOT
-from tests.clusters.conftest import asked, free_port, wait_until
+from tests.clusters.conftest import asked, free_port, run_shell, wait_until
 from tests.clusters.machines import ADDRESSES, NAMES, Machines, missing
 
 pytestmark = [
@@ -63,18 +63,7 @@ class Launched:
 
     def shell(self, command: str, timeout_s: float = 300) -> str:
         """What a command printed; it must succeed."""
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            stdin=subprocess.DEVNULL,
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 0, f"{command}\n{said[-4000:]}"
-        return said
+        return run_shell(command, self.environment, timeout_s)
 
     def nodes(self) -> list[str]:
         """Addresses of the nodes that live, by the head."""

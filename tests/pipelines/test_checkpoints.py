@@ -77,6 +77,25 @@ def test_training_does_not_begin_anew_because_every_one_is_damaged(checkpoints, 
     assert checkpoints.decide(["f"]) is None  # none was ever finished: nothing is lost
 
 
+@pytest.mark.parametrize("file", [SEAL, "model/weights"])
+def test_a_storage_that_does_not_answer_says_nothing_of_them(checkpoints, monkeypatch, file):
+    """To begin anew, or to go on from an older one, because a bucket is busy would lose what is there."""
+
+    class Busy:
+        def open_input_stream(self, path: str):
+            if path.endswith(file):
+                raise OSError("SlowDown: please reduce your request rate")
+            return store.open_input_stream(path)
+
+        def __getattr__(self, name: str):
+            return getattr(store, name)
+
+    store, root = checkpoints._open()
+    monkeypatch.setattr(Checkpoints, "_open", lambda self: (Busy(), root))
+    with pytest.raises(OSError, match="SlowDown"):
+        checkpoints.decide(["f"])
+
+
 def test_one_that_broke_off_leaves_nothing_that_could_be_taken_for_one(checkpoints):
     def fill(folder: Path) -> None:
         (folder / "half").write_text("half")

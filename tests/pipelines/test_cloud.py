@@ -65,6 +65,8 @@ def test_a_data_set_in_a_bucket_gives_the_same_shards(bucket, tmp_path):
     assert list_files(f"{bucket}/**/*.parquet") == [f"{bucket}/data/{s}.parquet" for s in ("train", "validation")]
     assert list_files(f"{bucket}/*.parquet") == []
     there = list_files(f"{bucket}/data")
+    (tmp_path / "what?.jsonl").write_text("{}\n")
+    assert sizes_of([str(tmp_path / "what?.jsonl")])[str(tmp_path / "what?.jsonl")][0] == 3
     sizes = sizes_of([*there, str(tmp_path / "train.parquet"), f"{bucket}/data/gone.parquet", "world"])
     assert list(sizes) == [*there, str(tmp_path / "train.parquet")]
     assert (

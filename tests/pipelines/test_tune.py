@@ -91,6 +91,16 @@ def test_a_trial_begins_with_the_model_that_the_run_would(tiny_config, tmp_path,
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     trial({"stages.finetune.optim.lr": 1e-3}, to_dict(config), str(tmp_path / "prepared"), 1, ("", ""))
     assert torch.equal(started[0], model.state_dict()["decoder.ffns.0.0.weight"])
+    told: list[str] = []
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("pipelines.tune.train_plainly", fail)
+    monkeypatch.setattr("pipelines.tune.Tracker.finish", lambda self, status: told.append(status))
+    with pytest.raises(RuntimeError, match="no memory"):
+        trial({"stages.finetune.optim.lr": 1e-3}, to_dict(config), str(tmp_path / "prepared"), 1, ("", ""))
+    assert told == ["FAILED"]
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
     assert main(["tune", "--config", str(file), "--search", "model.dropout=choice:0,0.1"]) == 2
