@@ -2,22 +2,27 @@
 
     python -m pipelines.benchmarks.ray_overhead
 
-One worker with one thread fine-tunes the 5M model on the built-in world; then the same steps run in this process, with
-the same reading, batches, loss and optimizer, and without Ray. Both take turns. MLflow and checkpoints are on with Ray.
+One worker with one thread fine-tunes the 5M model on the built-in world; the same steps run in a process without Ray,
+with the same reading, batches, loss and optimizer. As a machine's speed drifts by more than is looked for here, they
+take turns of some seconds: while one runs, the other is stopped. MLflow and checkpoints are on with Ray.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pipelines.benchmarks.machine import RESULTS, describe, leave
@@ -27,6 +32,9 @@ from yan_core.files import code_commit
 MODEL = {"d_model": 160, "num_heads": 5, "decoder_blocks": 1, "flow_blocks": 3, "num_experts": 8}
 """That of size_5m.yaml."""
 
+
+TURN_S = 4.0
+"""Seconds until the other goes on."""
 
 START_S = 10.0
 """Seconds of the start that are left out: beside the first steps the worker imports MLflow, once in a training."""
@@ -51,46 +59,110 @@ def run_config(
     return from_dict(RunConfig, settings)
 
 
-def with_ray(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
-    """First and last step of what was timed, seconds between them, and the share of them spent waiting for data.
+class Turns:
+    """Lets a plain loop and a training by Ray run in turns of some seconds; called after each step of the loop.
 
-    The first START_S seconds of training are left out.
+    Attributes:
+        times: After each step of the loop, the seconds that it ran by then.
+        stops: From when to when the process of Ray's worker was stopped, in Unix time.
     """
-    import mlflow
 
-    from pipelines.run import run
+    def __init__(self, worker: psutil.Process) -> None:
+        """Stop the worker."""
+        self.worker, self.times, self.stops = worker, dict[int, float](), list[tuple[float, float]]()
+        self.ran = 0.0
+        self._stop()
 
-    result = run(config, publish=False)
-    client = mlflow.MlflowClient(result.tracking_uri)
+    def _stop(self) -> None:
+        self.began, self.since = time.time(), time.perf_counter()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.worker.suspend()
 
-    def history(name: str) -> list[tuple[int, float]]:
-        return sorted((m.step, m.value) for m in client.get_metric_history(result.run_id, f"finetune/perf/{name}"))
+    def go_on(self) -> None:
+        """Let the worker run."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.worker.resume()
+        self.stops.append((self.began, time.time()))
 
-    per_step, waits = history("step_ms"), dict(history("data_wait_share"))
-    seconds = wait = 0.0
-    while len(per_step) > 2 and per_step[0][0] * per_step[0][1] < 1000 * START_S:
-        per_step = per_step[1:]
-    for (before, _), (step, ms) in zip(per_step, per_step[1:], strict=False):
-        seconds += (step - before) * ms / 1000
-        wait += waits[step] * (step - before) * ms / 1000
-    return per_step[0][0], per_step[-1][0], seconds, wait / seconds
+    def __call__(self, step: int, _: object) -> bool:
+        own = time.perf_counter() - self.since
+        self.times[step] = self.ran + own
+        if own > TURN_S:
+            self.ran += own
+            self.go_on()
+            time.sleep(own)
+            self._stop()
+        return True
 
 
-def without_ray(config: RunConfig, prepared_folder: Path, first: int, last: int) -> float:
-    """Seconds of the steps after `first` up to `last`, in this process."""
+def beside(config: RunConfig) -> tuple[dict[int, float], list[tuple[float, float]]]:
+    """A training without Ray in turns with the one by Ray, from when that has its worker; see `Turns`."""
     from pipelines.plain import train_plainly
     from pipelines.prepare import open_prepared
     from yan_core.model import build_model
 
-    prepared, times = open_prepared(prepared_folder), {}
+    torch.set_num_threads(1)
+    while True:
+        found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        if found:
+            break
+        time.sleep(0.5)
+    prepared = open_prepared(Path(config.runs_dir) / config.name / "prepared")
     model = build_model(config.model, prepared.tokenizer.vocab_size, config.seed)
+    time.sleep(START_S)
+    turns = Turns(found[0])
+    try:
+        train_plainly(model, config, prepared, "finetune", turns)
+    finally:
+        turns.go_on()
+    return turns.times, turns.stops
 
-    def stamp(step: int, _: object) -> bool:
-        times[step] = time.perf_counter()
-        return True
 
-    train_plainly(model, config, prepared, "finetune", stamp, steps=last)
-    return times[last] - times[first]
+def one_turn(config: RunConfig) -> dict[str, float]:
+    """Milliseconds of the same steps with and without Ray, the first START_S seconds of Ray's left out."""
+    import mlflow
+
+    from pipelines.run import run
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        plainly = pool.submit(beside, config)
+        result = run(config, publish=False)
+        times, stops = plainly.result()
+    client = mlflow.MlflowClient(result.tracking_uri)
+
+    def history(name: str) -> list[tuple[int, float, float]]:
+        found = client.get_metric_history(result.run_id, f"finetune/perf/{name}")
+        return sorted((m.step, m.timestamp / 1000, m.value) for m in found)
+
+    return compare(history("step_ms"), [share for *_, share in history("data_wait_share")], times, stops)
+
+
+def compare(
+    told: Sequence[tuple[int, float, float]],
+    wait_shares: Sequence[float],
+    times: Mapping[int, float],
+    stops: Sequence[tuple[float, float]],
+) -> dict[str, float]:
+    """What one turn says.
+
+    Args:
+        told: What Ray's worker told at the end of each interval: step, Unix time, milliseconds a step, stops included.
+        wait_shares: Share of each interval spent waiting for data.
+        times: Seconds that the plain loop ran by the end of each step.
+        stops: From when to when Ray's worker was stopped, in Unix time.
+    """
+
+    def ran_s(a: float, b: float) -> float:
+        return b - a - sum(max(0.0, min(b, end) - max(a, begin)) for begin, end in stops)
+
+    begun = next(i for i, (_, at, _) in enumerate(told) if ran_s(told[0][1], at) >= START_S)
+    first, since, _ = told[begun]
+    last, until, _ = told[-1]
+    intervals = zip(told[begun:], told[begun + 1 :], wait_shares[begun + 1 :], strict=False)
+    wait_s = sum(share * (b[0] - a[0]) * b[2] / 1000 for a, b, share in intervals)
+    ours_s, bare_s = ran_s(since, until), times[last] - times[first]
+    ms = {"ray_ms": 1000 * ours_s / (last - first), "bare_ms": 1000 * bare_s / (last - first)}
+    return {**ms, "overhead": ours_s / bare_s - 1, "data_wait_share": wait_s / ours_s, "steps": last - first}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -109,10 +181,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(chosen.turns):
             config = run_config(Path(scratch), chosen.steps, chosen.batch_size, f"turn{turn}")
-            first, last, ours_s, wait = with_ray(config, Path(scratch))
-            bare_s = without_ray(config, Path(scratch) / config.name / "prepared", first, last)
-            ms = {"ray_ms": 1000 * ours_s / (last - first), "bare_ms": 1000 * bare_s / (last - first)}
-            turns.append({**ms, "overhead": ours_s / bare_s - 1, "data_wait_share": wait, "steps": last - first})
+            turns.append(one_turn(config))
             print({name: round(value, 4) for name, value in turns[-1].items()}, flush=True)
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

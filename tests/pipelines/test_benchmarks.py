@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.benchmarks import decoders, machine, train_step
+from pipelines.benchmarks import decoders, machine, ray_overhead, train_step
 from pipelines.benchmarks import sampler as benchmark
 from tests.yan_core.tiny import CONFIG, VOCAB, random_rows, tiny_model
 from yan_core.batching import pad_rows
@@ -205,3 +205,20 @@ def test_training_steps_of_every_mixture_are_timed_against_two_dense_experts(tmp
     assert rows["K=2"]["ratio_to_k2"] == 1
     for row in rows.values():
         assert row["ratio_to_k2"] == pytest.approx(row["median_ms"] / rows["K=2"]["median_ms"]) and row["turns"] >= 1
+
+
+def test_what_ray_adds_is_told_without_the_time_in_which_its_worker_was_stopped():
+    # A step takes the worker 1.1 s; from 20 to 30 and from 41 to 51 it was stopped. The plain loop takes 1 s a step.
+    told, at = [], 0.0
+    for step in range(1, 41):
+        at += 1.1
+        at += 10 * sum(at - 1.1 < begin <= at for begin in (20.0, 41.0))
+        told.append((step, at, 1100.0))
+    found = ray_overhead.compare(
+        told, [0.5] * 40, {step: float(step) for step in range(41)}, [(20.0, 30.0), (41.0, 51.0)]
+    )
+    assert found["steps"] == 29  # the first ten seconds are left out
+    assert found["ray_ms"] == pytest.approx(1100)
+    assert found["bare_ms"] == pytest.approx(1000)
+    assert found["overhead"] == pytest.approx(0.1)
+    assert found["data_wait_share"] == pytest.approx(0.5)
