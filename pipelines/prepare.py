@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.exceptions
@@ -148,7 +149,9 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
             f"data set {pairs.name!r} gave no usable train row: it is empty, its filter `where` matches none, "
             f"or no row has text in {', '.join(task.fields)}"
         )
-    return Tokenizer.train(itertools.chain([first], read), config.tokenizer)
+    tokenizer = Tokenizer.train(itertools.chain([first], read), config.tokenizer)
+    pa.default_memory_pool().release_unused()  # some 300 MB, which would be held until the last piece is done
+    return tokenizer
 
 
 def _inputs(config: RunConfig, sources: Sequence[Source]) -> str:

@@ -6,6 +6,7 @@
 # No `from __future__ import annotations` here: Serve reads the annotations as objects.
 import asyncio
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from serve.routes import create_api
 from serve.schemas import AppArgs
 
 logger = logging.getLogger(__name__)
+
+SWITCH_S = 2e-4
+"""Longest that HTTP keeps Python from the thread that draws: between two operations of a model it would wait for as
+long as a request's handling takes, Python's own limit being 5 ms."""
 
 
 class Shelf:
@@ -82,6 +87,7 @@ class Server:
         controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         refuse_open_server((await controller.get_http_config.remote()).host, keys)
         torch.set_num_threads(max(1, int(args.cpus_per_replica)))
+        sys.setswitchinterval(SWITCH_S)
         self.args, self.keys = args, keys
         self.metrics = Metrics(ray_serve.get_replica_context().replica_id.unique_id)
         shelf = Shelf(args, self.metrics)

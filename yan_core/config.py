@@ -843,7 +843,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 def unknown_name(dotted: str, name: str, known: list[str]) -> str:
     """Say that a name is unknown, and which known one is nearest."""
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"{dotted}: unknown name {name!r}{hint} Allowed: {', '.join(sorted(known))}"
 
 

@@ -99,7 +99,7 @@ def test_null_only_where_it_is_allowed() -> None:
         ({"model": {"d_modle": 1}}, r"^model\.d_modle: .*did you mean 'd_model'"),
         ({"stages": {"flow": {"optim": {"lrr": 1}}}}, r"^stages\.flow\.optim\.lrr: .*did you mean 'lr'"),
         ({"data": {"datasets": {"mine": {"colums": {}}}}}, r"^data\.datasets\.mine\.colums: .*did you mean 'columns'"),
-        ({"zzzzzz": 1}, r"^zzzzzz: unknown name 'zzzzzz' Allowed: .*model"),
+        ({"zzzzzz": 1}, r"^zzzzzz: unknown name 'zzzzzz'\. Allowed: .*model"),
     ],
 )
 def test_an_unknown_key_is_refused_and_the_nearest_offered(values: dict[str, Any], pattern: str) -> None:
