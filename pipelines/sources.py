@@ -340,7 +340,8 @@ READERS: dict[str, Callable[[Piece], Iterator[Rows]]] = {"jsonl": _read_jsonl, "
 
 
 def _open_world(name: str, dataset: DatasetConfig, split: str, seed: int) -> Source:
-    config = world.WorldConfig(seed=seed, kinds=dataset.kinds or world.KINDS)
+    kinds = dataset.kinds or world.KINDS
+    config = world.WorldConfig(seed=seed, kinds=kinds, max_events=dataset.max_events)
     stories = dataset.format == "world_stories"
     count = dataset.num_train if split == "train" else dataset.num_validation
     pieces = [Piece("world", i, min(i + 8192, count)) for i in range(0, count, 8192)]

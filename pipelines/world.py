@@ -31,8 +31,9 @@ MAX_EVERYONE = 3
 """Most people in a story that is asked about with `everyone`, which keeps that answer short."""
 
 KINDS = ("where", "everyone", "object", "has", "yesno", "count", "visited")
-ALL_KINDS = (*KINDS, "someone")
-"""`someone` is asked only where it is named: any of several sentences answers it, whose words must fit together."""
+SENTENCE_KINDS = ("someone", "event")
+"""Asked only where they are named: any of several sentences answers them, whose words must fit together."""
+ALL_KINDS = (*KINDS, *SENTENCE_KINDS)
 DEFAULT_WEIGHTS = {kind: 4.0 if kind == "where" else 1.0 for kind in ALL_KINDS}
 SPLITS = ("train", "validation")
 VALIDATION_ONE_IN = 20
@@ -110,14 +111,16 @@ class World:
         rooms: Person -> the room they are in; a person is absent until their first move.
         places: Object -> its holder or the room it lies in; an object is absent until it is first picked up.
         visited: Person -> the different rooms they have been in, the present one included, in order.
+        told: What happened, in sentences.
     """
 
-    __slots__ = ("rooms", "places", "visited")
+    __slots__ = ("rooms", "places", "visited", "told")
 
     def __init__(self) -> None:
         self.rooms: dict[str, str] = {}
         self.places: dict[str, str] = {}
         self.visited: dict[str, list[str]] = {}
+        self.told: list[str] = []
 
     def move(self, person: str, room: str) -> None:
         """Walk to another room, with all that the person carries."""
@@ -179,7 +182,7 @@ def examples(config: WorldConfig, start: int, stop: int, split: str = "train") -
 
     Returns:
         Rows with `kind`, `context`, `question`, `answer` and `answers`, the list of all valid answers: one, save for
-        `visited` and `someone`, whose `answer` is drawn uniformly from them.
+        `visited` and SENTENCE_KINDS, whose `answer` is drawn uniformly from them.
 
     Raises:
         ValueError: If the range or the split is not allowed.
@@ -244,7 +247,8 @@ def _tell(config: WorldConfig, draw: Draw, split: str, kind: str = "") -> tuple[
         world = World()
         people = _some(draw, PEOPLE, _between(draw, min_people, max_people))
         objects = _some(draw, OBJECTS, _between(draw, min_objects, config.max_objects))
-        context = " ".join([_happen(world, _pick(draw, people), objects, draw) for _ in range(num_events)])
+        world.told = [_happen(world, _pick(draw, people), objects, draw) for _ in range(num_events)]
+        context = " ".join(world.told)
         if (world.places or not need_object) and split_of(context) == split:
             return world, context
 
@@ -339,6 +343,10 @@ def _someone(world: World, draw: Draw) -> tuple[str, list[str]]:
     return "Say where somebody is.", [f"{person} is in the {room}." for person, room in world.rooms.items()]
 
 
+def _event(world: World, draw: Draw) -> tuple[str, list[str]]:
+    return "Say one thing that happened.", list(dict.fromkeys(world.told))
+
+
 _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "where": _where,
     "everyone": _everyone,
@@ -348,6 +356,7 @@ _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "count": _count,
     "visited": _visited,
     "someone": _someone,
+    "event": _event,
 }
 
 # The re-reader shares no state, table or function with the simulator above, so that either can show the other wrong.
@@ -360,7 +369,7 @@ _QUESTION = re.compile(
     r"Where is (?P<everyone>everyone)\?|Where is the (?P<object>\w+)\?|Where is (?P<where>\w+)\?"
     r"|Who has the (?P<has>\w+)\?|Is (?P<yesno>\w+) in the (?P<room>\w+)\?"
     r"|How many objects is (?P<count>\w+) carrying\?|Name a place where (?P<visited>\w+) was\."
-    r"|Say where (?P<someone>somebody) is\."
+    r"|Say where (?P<someone>somebody) is\.|Say one (?P<event>thing) that happened\."
 )
 
 
@@ -380,7 +389,8 @@ def answer_from_text(context: str, question: str) -> set[str]:
     walks: dict[str, list[str]] = {}
     holder: dict[str, str | None] = {}
     lies_in: dict[str, str] = {}
-    for sentence in re.split(r"(?<=\.)\s+", context.strip()):
+    sentences = re.split(r"(?<=\.)\s+", context.strip())
+    for sentence in sentences:
         event = _EVENT.fullmatch(sentence)
         if event is None:
             raise ValueError(f"context must be events such as 'Mary went to the kitchen.', got {sentence!r}")
@@ -395,6 +405,8 @@ def answer_from_text(context: str, question: str) -> set[str]:
         raise ValueError(f"question must be one that the story world asks, got {question!r}")
     kind = next(name for name, value in asked.groupdict().items() if value is not None)
     name = asked[kind]
+    if kind == "event":
+        return set(sentences)
     if kind == "someone":
         return {f"{person} is in the {walk[-1]}." for person, walk in walks.items()}
     if kind == "everyone":

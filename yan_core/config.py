@@ -465,7 +465,10 @@ class DatasetConfig:
     num_validation: int = 1_000
     """World: how many validation examples."""
     kinds: tuple[str, ...] = ()
-    """World: kinds of question; none named = all but `someone`, whose answers are several sentences to choose from."""
+    """World: kinds of question; none named = all but `someone` and `event`, whose answers are several sentences to
+    choose from."""
+    max_events: int = 10
+    """World: most sentences of a story, of two at the least."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation"):
