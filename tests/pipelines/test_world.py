@@ -10,13 +10,13 @@ import pytest
 
 from pipelines.world import (
     ALL_KINDS,
-    SENTENCE_KINDS,
     COUNTS,
     KINDS,
     MAX_CARRIED,
     OBJECTS,
     PEOPLE,
     ROOMS,
+    SENTENCE_KINDS,
     World,
     WorldConfig,
     answer_from_text,
