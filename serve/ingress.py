@@ -23,9 +23,15 @@ default it does so only in the first case; to draw an answer twice does no harm.
 BLOCK = 100
 """Ports for the replicas of one server."""
 WRAPPER = """#!/bin/sh
-# Ray's template opens HAProxy's pages of figures to all addresses: here to this machine alone.
+# Ray's template opens HAProxy's pages of figures to all addresses: here to this machine alone. And HAProxy can give a
+# request to another replica only where it had all of it before it passed on a part: it waits for the body, as long as
+# serve/limits.py does, and for a client's next request as long as before.
+whole='option http-buffer-request\\n\\1timeout http-request 20s\\n\\1timeout http-keep-alive 1h'
 for word in "$@"; do
-    case "$word" in *.cfg) sed -i -E 's/^( *bind )[*]?:([0-9]+)/\\1127.0.0.1:\\2/' "$word" ;; esac
+    case "$word" in *.cfg)
+        sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\\1127.0.0.1:\\2/' \\
+            -e "s/^( *)option redispatch 1\\$/&\\n\\1$whole/" "$word" ;;
+    esac
 done
 exec {haproxy} "$@"
 """

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -65,3 +67,61 @@ def test_pages_of_figures_are_kept_on_loopback(tmp_path):
         "127.0.0.1:8404",
         "0.0.0.0:8000",
     ]
+
+
+def replica(answers: bool) -> int:
+    """Port of a server that reads whole requests and answers them, or closes like one that is killed at that moment."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                read = b""
+                while b"hello" not in read and (more := connection.recv(4096)):
+                    read += more
+                if answers:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening.getsockname()[1]
+
+
+@pytest.mark.skipif(not ingress.haproxy(), reason="no HAProxy here")
+def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(tmp_path):
+    """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
+    (port,) = ingress._free_ports(1)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        f"defaults\n    mode http\n    timeout connect 5s\n    timeout client 20s\n    timeout server 20s\n"
+        f"    option redispatch 1\n    retry-on {ingress.RETRIED}\n"
+        f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend both\n"
+        f"backend both\n    balance roundrobin\n"
+        f"    server gone 127.0.0.1:{replica(False)}\n    server there 127.0.0.1:{replica(True)}\n"
+    )
+    wrapper = tmp_path / "haproxy"
+    wrapper.write_text(ingress.WRAPPER.format(haproxy=ingress.haproxy()))
+    running = subprocess.Popen(["sh", wrapper, "-db", "-f", config], stderr=subprocess.DEVNULL)
+    try:
+        answers = [asked_in_two_parts(port) for _ in range(4)]
+    finally:
+        running.kill()
+        running.wait()
+    assert answers == [b"HTTP/1.1 200 OK"] * 4
+
+
+def asked_in_two_parts(port: int) -> bytes:
+    """First line of the answer to a request whose body comes some time after its headers."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            client = socket.create_connection(("127.0.0.1", port), timeout=20)
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < until, "HAProxy does not listen"
+            time.sleep(0.05)
+    with client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
+        time.sleep(0.05)
+        client.sendall(b"hello")
+        return client.recv(4096).partition(b"\r\n")[0]
