@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=none test-runs test-rest
 
 test-runs test-rest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )(e2e or distributed) and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q --durations 12 -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )(e2e or distributed) and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
