@@ -317,7 +317,7 @@ def snapshot(step: Step, num_steps: int) -> Snapshot:
 
 
 def written(answer: BaseModel) -> Response:
-    """An answer in JSON; returned as it is, FastAPI would check it once more and take twice as long."""
+    """An answer in JSON; returned as it is, FastAPI would check it once more."""
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
