@@ -36,6 +36,9 @@ MODEL = {"d_model": 160, "num_heads": 5, "decoder_blocks": 1, "flow_blocks": 3, 
 TURN_S = 4.0
 """Seconds until the other goes on."""
 
+WORKER_S = 300.0
+"""Longest that Ray Train may take to have its worker."""
+
 START_S = 10.0
 """Seconds of the start that are left out: beside the first steps the worker imports MLflow, once in a training."""
 
@@ -96,16 +99,20 @@ class Turns:
 
 
 def beside(config: RunConfig) -> tuple[dict[int, float], list[tuple[float, float]]]:
-    """A training without Ray in turns with the one by Ray, from when that has its worker; see `Turns`."""
+    """A training without Ray in turns with the one by Ray, from when that has its worker; see `Turns`.
+
+    Raises:
+        RuntimeError: If the process that called has no worker of Ray Train below it within WORKER_S.
+    """
     from pipelines.plain import train_plainly
     from pipelines.prepare import open_prepared
     from yan_core.model import build_model
 
     torch.set_num_threads(1)
-    while True:
-        found = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        if found:
-            break
+    until = time.monotonic() + WORKER_S
+    while not (found := _workers(psutil.Process(os.getppid()))):
+        if time.monotonic() > until:
+            raise RuntimeError(f"Ray Train had no worker within {WORKER_S:g} s")
         time.sleep(0.5)
     prepared = open_prepared(Path(config.runs_dir) / config.name / "prepared")
     model = build_model(config.model, prepared.tokenizer.vocab_size, config.seed)
@@ -116,6 +123,16 @@ def beside(config: RunConfig) -> tuple[dict[int, float], list[tuple[float, float
     finally:
         turns.go_on()
     return turns.times, turns.stops
+
+
+def _workers(driver: psutil.Process) -> list[psutil.Process]:
+    """Ray Train's workers below a driver."""
+    found = []
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def one_turn(config: RunConfig) -> dict[str, float]:

@@ -71,7 +71,7 @@ class Launched:
         found = asked(f"{self.address}/nodes?view=summary", token)["data"]["summary"]
         return sorted(node["ip"] for node in found if node["raylet"].get("state") == "ALIVE")
 
-    def wait_for_nodes(self, names: tuple[str, ...], timeout_s: float = 240) -> None:
+    def wait_for_nodes(self, names: tuple[str, ...], timeout_s: float = 120) -> None:
         wait_until(lambda: self.nodes() == sorted(ADDRESSES[name] for name in names), timeout_s, self.nodes)
 
     def application(self) -> dict[str, Any]:

@@ -87,7 +87,6 @@ def replica(answers: bool) -> int:
     return listening.getsockname()[1]
 
 
-@pytest.mark.skipif(not ingress.haproxy(), reason="no HAProxy here")
 def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(tmp_path):
     """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
     (port,) = ingress._free_ports(1)
