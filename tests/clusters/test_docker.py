@@ -1,5 +1,6 @@
 """The Dockerfile, and what goes into images and uploads."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -50,10 +51,11 @@ def test_images_hold_no_secret_and_no_moving_version():
 
 
 def test_nodes_serve_behind_haproxy_as_a_laptop_does():
-    settings = dict(
-        word.split("=", 1) for line in re.findall(r"^ENV (.*)", STAGES["node"], re.M) for word in shlex.split(line)
-    )
+    node = STAGES["node"].replace("\\\n", "")
+    settings = dict(word.split("=", 1) for line in re.findall(r"^ENV (.*)", node, re.M) for word in shlex.split(line))
     assert (settings[ingress.ENABLED], settings["RAY_SERVE_HAPROXY_RETRY_ON"]) == ("1", ingress.RETRIED)
+    copied = ROOT / Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"]).relative_to("/opt/yan")  # `COPY . /opt/yan`
+    assert copied == ingress.SCRIPT and os.access(copied, os.X_OK)
     assert TEXT.count("FROM node AS") == 2  # cpu and cuda
 
 

@@ -1,9 +1,11 @@
 """Cluster files of `ray up`."""
 
 import copy
+import os
 import re
 import shlex
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,9 @@ def test_every_node_serves_behind_haproxy(name: str):
             exported = shlex.split(line.split("export ")[1].split(";")[0])
             assert f"{ingress.ENABLED}=1" in exported
             assert f"RAY_SERVE_HAPROXY_RETRY_ON={ingress.RETRIED}" in exported
+            (script,) = [word.partition("=")[2] for word in exported if "BINARY_PATH" in word]
+            (code,) = [place.replace("~", "$HOME") for place, here in config["file_mounts"].items() if here == "."]
+            assert ROOT / Path(script).relative_to(code) == ingress.SCRIPT and os.access(ingress.SCRIPT, os.X_OK)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.cluster import ray_session
 from tests.clusters.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 ON_A_HEAD = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray on this machine, with one core."""
+    with ray_session(1, 1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -58,15 +58,21 @@ def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
 def test_pages_of_figures_are_kept_on_loopback(tmp_path):
     config = tmp_path / "haproxy.cfg"
     config.write_text("frontend a\n    bind :9101\nlisten b\n  bind *:8404\nfrontend c\n    bind 0.0.0.0:8000\n")
-    wrapper = tmp_path / "haproxy"
-    wrapper.write_text(ingress.WRAPPER.format(haproxy="echo"))
-    done = subprocess.run(["sh", wrapper, "-db", "-f", config], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"-db -f {config}"
-    assert [line.split()[1] for line in config.read_text().splitlines() if "bind" in line] == [
-        "127.0.0.1:9101",
-        "127.0.0.1:8404",
-        "0.0.0.0:8000",
-    ]
+    for private, kept in (("", [":9101", "*:8404"]), ("1", ["127.0.0.1:9101", "127.0.0.1:8404"])):
+        environment = os.environ | {"YAN_HAPROXY": "echo", "YAN_HAPROXY_PRIVATE": private}
+        command = [ingress.SCRIPT, "-db", "-f", config]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == f"-db -f {config}"
+        bound = [line.split()[1] for line in config.read_text().splitlines() if "bind" in line]
+        assert bound == [*kept, "0.0.0.0:8000"]
+
+
+def test_script_finds_the_haproxy_that_it_stands_for(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Not itself, though Ray is told that it is HAProxy."""
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(ingress.SCRIPT))
+    monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    done = subprocess.run([ingress.SCRIPT, "-v"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("HAProxy version")
 
 
 def replica(answers: bool) -> int:
@@ -98,9 +104,8 @@ def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(
         f"backend both\n    balance roundrobin\n"
         f"    server gone 127.0.0.1:{replica(False)}\n    server there 127.0.0.1:{replica(True)}\n"
     )
-    wrapper = tmp_path / "haproxy"
-    wrapper.write_text(ingress.WRAPPER.format(haproxy=ingress.haproxy()))
-    running = subprocess.Popen(["sh", wrapper, "-db", "-f", config], stderr=subprocess.DEVNULL)
+    environment = os.environ | {"YAN_HAPROXY": str(ingress.haproxy())}
+    running = subprocess.Popen([ingress.SCRIPT, "-db", "-f", config], env=environment, stderr=subprocess.DEVNULL)
     try:
         answers = [asked_in_two_parts(port) for _ in range(4)]
     finally:

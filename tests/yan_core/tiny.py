@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yan_core.batching import Batch, task_batch
-from yan_core.config import EncoderConfig, FlowLossConfig, ModelConfig
+from yan_core.batching import Batch, autoencoder_batch, task_batch
+from yan_core.config import AutoencoderLossConfig, EncoderConfig, FlowLossConfig, ModelConfig
 from yan_core.model import YanModel, build_model
+from yan_core.noise import Stream, normal, uniform
+from yan_core.path import beta_times
 from yan_core.tokenization import Tokenizer
 
 VOCAB = 29
 LENGTH = 9
+SCOPES = ("token", "segment", "sequence")
 
 CONFIG = ModelConfig(
     d_model=16,
@@ -48,6 +51,7 @@ LOSS = FlowLossConfig(
     weight_entropy=0.0,
     source_mask_share=0.0,
 )
+STAGE_1 = AutoencoderLossConfig(latent_noise=0.5, clean_share=0.3, weight_l2=0.1, weight_mmd=0.2, mmd_tokens=12)
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -99,3 +103,26 @@ def pad_right(ids: Tensor, mask: Tensor, extra: int) -> tuple[Tensor, Tensor]:
     """The same rows with more padding."""
     fill = torch.full((len(ids), extra), Tokenizer.pad_id)
     return torch.cat([ids, fill], 1), torch.cat([mask, torch.zeros_like(fill, dtype=torch.bool)], 1)
+
+
+def partly_masked(batch: Batch) -> Batch:
+    """The batch with some target places that do not count."""
+    lengths = torch.tensor([LENGTH, 4, 6, 1]).repeat(len(batch.keys) // 4)[:, None]
+    return replace(batch, target_mask=torch.arange(LENGTH) < lengths)
+
+
+def scopes_of(scope: str) -> list[slice]:
+    width = {"token": 1, "segment": 4, "sequence": LENGTH}[scope]
+    return [slice(i, min(i + width, LENGTH)) for i in range(0, LENGTH, width)]
+
+
+def drawn(model: YanModel, batch: Batch, config: FlowLossConfig) -> tuple[torch.Tensor, ...]:
+    """x_0, x_1, t, x_t, u_t, written out."""
+    x_1 = model.encode_target(batch.target_ids, batch.target_mask)
+    x_0 = model.config.init_noise * normal(batch.keys, Stream.SOURCE_NOISE, tuple(x_1.shape[1:]))
+    t = beta_times(uniform(batch.keys, Stream.TIME, ()), config.time_alpha, config.time_beta)
+    return x_0, x_1, t, (1 - t)[:, None, None] * x_0 + t[:, None, None] * x_1, x_1 - x_0
+
+
+def autoencoder_rows() -> Batch:
+    return autoencoder_batch(random_rows([7, 3, 5, 1]), torch.arange(4), STAGE_1)

