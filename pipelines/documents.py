@@ -25,7 +25,8 @@ def clean(text: str, config: CleanConfig) -> str:
     """A text in its normal form: ends of lines as line feeds, no control characters, no white space around it."""
     if not config.unicode:
         return text
-    text = unicodedata.normalize(config.unicode, text)
+    if not text.isascii():
+        text = unicodedata.normalize(config.unicode, text)
     if not text.replace("\n", "").replace("\t", "").isprintable():  # sooner than the expression
         text = _unseen().sub(lambda found: _BREAKS.get(found[0], ""), text.replace("\r\n", "\n"))
     return text.strip()

@@ -34,7 +34,7 @@ from pipelines.encode import SCHEMAS, Encode, Record, text_row
 from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of, sizes_of
 from pipelines.order import Shard
 from pipelines.pieces import do_pieces
-from pipelines.sources import Rows, Source, find_dataset, open_files, open_source, value_at
+from pipelines.sources import ROWS_AT_ONCE, Source, find_dataset, open_files, open_source, value_at
 from yan_core.config import DataConfig, RunConfig, to_dict
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
@@ -111,29 +111,29 @@ def corpora_of(data: DataConfig) -> list[str]:
     return [data.corpus] if data.corpus else []
 
 
-PIECES_AT_ONCE = 48
-"""Pieces that a vocabulary's sample takes its rows from in turn, a thousand each time."""
-
-
 def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]) -> Tokenizer:
     """A vocabulary from tokenizer.sample_rows rows of each data set, some of each piece, in a seeded order."""
     task, limit = get_task(config.data.task), config.tokenizer.sample_rows
 
     def rows(source: Source) -> Iterator[dict[str, Any]]:
-        left, waiting = limit, list(np.random.default_rng(config.seed).permutation(len(source.pieces)))
-        opened: list[Iterator[Rows]] = []
-        while left > 0 and (waiting or opened):
-            while waiting and len(opened) < PIECES_AT_ONCE:
-                opened.append(source.rows(source.pieces[waiting.pop()]))
-            piece = opened.pop(0)
-            try:
-                batch = next(piece, None)
-            except UnreadableFile:  # set aside, and counted, when it is encoded
-                continue
-            if batch is not None:
-                yield from batch.rows[:left]
-                left -= len(batch.rows)
-                opened.append(piece)
+        left, order = limit, np.random.default_rng(config.seed).permutation(len(source.pieces)).tolist()
+        taken = dict.fromkeys(order, 0)  # rows of each piece that may have more
+        while left and taken:
+            order = list(taken)
+            for place, number in enumerate(order):  # one is open at a time: each holds memory
+                if not left:
+                    return
+                share, before = min(left, max(ROWS_AT_ONCE, -(-left // (len(order) - place)))), left
+                read = (row for batch in source.rows(source.pieces[number]) for row in batch.rows)
+                try:
+                    for row in itertools.islice(read, taken[number], taken[number] + share):
+                        left -= 1
+                        yield row
+                except UnreadableFile:  # set aside, and counted, when it is encoded
+                    pass
+                taken[number] += before - left
+                if before - left < share:
+                    del taken[number]
 
     def texts() -> Iterator[str]:
         for source in corpora:

@@ -273,11 +273,24 @@ def _parquet_pieces(file: str) -> list[Piece]:
 
 def _read_parquet(piece: Piece) -> Iterator[Rows]:
     with _open(piece.where) as opened, pq.ParquetFile(opened) as file:
-        groups = range(piece.start, piece.stop or file.num_row_groups)
-        number = sum(file.metadata.row_group(g).num_rows for g in range(piece.start))
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), use_threads=False):
-            yield Rows(list(range(number, number + batch.num_rows)), batch.to_pylist())
-            number += batch.num_rows
+        rows = [file.metadata.row_group(g).num_rows for g in range(piece.stop or file.num_row_groups)]
+        number = sum(rows[: piece.start])
+        for groups in _runs(rows, piece.start):  # a reader of many row groups holds some memory of each
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, use_threads=False):
+                yield Rows(list(range(number, number + batch.num_rows)), batch.to_pylist())
+                number += batch.num_rows
+
+
+def _runs(rows: list[int], start: int) -> Iterator[list[int]]:
+    """Neighbouring row groups from `start` on that together have at least ROWS_AT_ONCE rows, or are the last ones."""
+    run: list[int] = []
+    for group in range(start, len(rows)):
+        run.append(group)
+        if sum(rows[g] for g in run) >= ROWS_AT_ONCE:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 def _chunks(rows: Iterator[tuple[int, dict[str, Any] | str]]) -> Iterator[Rows]:

@@ -5,6 +5,7 @@ Both kinds keep spaces inside the tokens, so that decoding an encoding gives the
 
 from __future__ import annotations
 
+import array
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from yan_core.config import TokenizerConfig
+from yan_core.word_cache import WORDS, word_cache
 
 PAD, EOS, UNK, MASK = "<pad>", "<eos>", "<unk>", "<mask>"
 SPECIAL_TOKENS = (PAD, EOS, UNK, MASK)
@@ -67,6 +69,7 @@ class Tokenizer:
         if found != [0, 1, 2, 3]:
             raise ValueError(f"the tokenizer's ids of {SPECIAL_TOKENS} must be 0 to 3, got {found}")
         self.backend = backend
+        self._words = word_cache(backend)
 
     @classmethod
     def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -88,7 +91,7 @@ class Tokenizer:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
-                    pre_tokenizers.Split(Regex(r"▁?\w+|▁?[^\w▁]|▁"), behavior="isolated"),
+                    pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
                 ]
             )
             backend.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -168,14 +171,17 @@ class Tokenizer:
             Token ids of all texts, int32, [tokens], and where each text begins and the last one ends, int64,
             [texts + 1]; no special token is added.
         """
-        parts, lengths = [np.zeros(0, np.int32)], [0]
-        for some in _at_once(texts, CHARS_AT_ONCE):
-            found = [encoding.ids for encoding in self.backend.encode_batch_fast(some, add_special_tokens=False)]
-            lengths += map(len, found)
-            parts.append(np.fromiter(itertools.chain.from_iterable(found), np.int32))
-        values = np.concatenate(parts)
+        parts = [None if self._words is None else self._words.ids(text) for text in texts]
+        left = [i for i, part in enumerate(parts) if part is None]
+        found = itertools.chain.from_iterable(
+            self.backend.encode_batch_fast(some, add_special_tokens=False)
+            for some in _at_once([texts[i] for i in left], CHARS_AT_ONCE)
+        )
+        for i, encoding in zip(left, found, strict=True):
+            parts[i] = array.array("i", encoding.ids).tobytes()
+        values = np.frombuffer(bytearray().join(parts), np.int32)
         values[(values == self.pad_id) | (values == self.eos_id)] = self.unk_id
-        return values, np.cumsum(lengths, dtype=np.int64)
+        return values, np.cumsum([0, *map(len, parts)], dtype=np.int64) // values.itemsize
 
     def normalize(self, text: str) -> str:
         """The text as this tokenizer can write it: in lower case where it was trained so, else unchanged."""

@@ -5,23 +5,26 @@
 The corpus is made up: words of a Zipf distribution, in paragraphs. `yan prepare` begins with Parquet files and ends
 with a manifest: it learns a vocabulary from at most tokenizer.sample_rows rows, which is told apart, and reads, cleans,
 tokenises and writes. Ray runs already, and has prepared a small corpus. The bare tokenizer gets the same texts from
-memory (of a large corpus the first BARE_MEGABYTES), a thousand at a time, and nothing is done with what it gives. It
-has its turn before `yan prepare` and after it, as the speed of a machine drifts, and the mean counts. Where other work
-runs beside, CPU seconds (of Ray's processes too) tell more than seconds.
+memory (of a large corpus the first BARE_MEGABYTES), a thousand at a time, and nothing is done with what it gives. As a
+machine's speed drifts by more than is looked for here, they take turns of some seconds: while the bare tokenizer runs,
+the tasks that tokenise are stopped. Where other work runs beside, CPU seconds (of Ray's processes too) tell more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import statistics
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.benchmarks.machine import RESULTS, describe, in_child, leave
+from pipelines.benchmarks.machine import RESULTS, describe, leave
 from yan_core.files import code_commit
 
 TEXT_BYTES = 2000
@@ -42,6 +45,9 @@ SMALL_MEGABYTES = 8.0
 
 BARE_MEGABYTES = 200.0
 """Most that the bare tokenizer is given: it has all of it in memory."""
+
+OURS_S, BARE_S = 6.0, 2.0
+"""Seconds of a turn of `yan prepare` and of the bare tokenizer."""
 
 
 def words(seed: int, count: int = 20_000) -> np.ndarray:
@@ -78,6 +84,10 @@ def write_corpus(folder: Path, megabytes: float, files: int) -> None:
 class Usage:
     """Most memory of this process and all below it, shared memory apart, and their CPU seconds, while a block runs."""
 
+    def __init__(self, others: Container[int] = ()) -> None:
+        """Processes below this one that do not count."""
+        self.others = others
+
     def __enter__(self) -> Usage:
         self.peak_bytes, self.stopped = 0, threading.Event()
         self.of: dict[str, int] = {}
@@ -96,6 +106,8 @@ class Usage:
     def _look(self) -> None:
         here, held = psutil.Process(), Counter[str]()
         for process in [here, *here.children(recursive=True)]:
+            if process.pid in self.others:
+                continue
             try:
                 memory, name = process.memory_info(), "driver" if process == here else _kind(process.cmdline())
                 times = process.cpu_times()
@@ -137,25 +149,83 @@ def _kind(command: list[str]) -> str:
     return os.path.basename(scripts[0] if scripts else first)
 
 
-def bare(corpus: Path, tokenizer: str) -> tuple[float, float]:
-    """Tokens of the tokenizer alone, with all cores: a second, and a CPU second."""
-    from pipelines.sources import ROWS_AT_ONCE
-    from yan_core.tokenization import Tokenizer
+class Bare:
+    """The tokenizer alone, with all cores, in turns with `yan prepare`; in a process of its own, see `beside`.
 
-    backend = Tokenizer.from_json(tokenizer).backend
-    read: list[str] = []
-    left = BARE_MEGABYTES * 1e6
-    for file in sorted(corpus.glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
-            if left > 0:
-                read += batch.column("text").to_pylist()
-                left -= batch.nbytes
-    backend.encode_batch_fast(read[:ROWS_AT_ONCE], add_special_tokens=False)
-    started, cpu_before, tokens = time.perf_counter(), time.process_time(), 0
-    for start in range(0, len(read), ROWS_AT_ONCE):
-        found = backend.encode_batch_fast(read[start : start + ROWS_AT_ONCE], add_special_tokens=False)
-        tokens += sum(len(encoding) for encoding in found)
-    return tokens / (time.perf_counter() - started), tokens / (time.process_time() - cpu_before)
+    Attributes:
+        turns: Seconds, CPU seconds and tokens of each of its turns.
+    """
+
+    def __init__(self, corpus: Path) -> None:
+        self.texts: list[str] = []
+        self.turns: list[tuple[float, float, int]] = []
+        self.next = 0
+        left = BARE_MEGABYTES * 1e6
+        for file in sorted(corpus.glob("*.parquet")):
+            for batch in pq.ParquetFile(file).iter_batches(columns=["text"]):
+                if left > 0:
+                    self.texts += batch.column("text").to_pylist()
+                    left -= batch.nbytes
+
+    def start(self, tokenizer: str) -> None:
+        """Take a tokenizer's JSON, and use it once."""
+        from yan_core.tokenization import Tokenizer
+
+        self.backend = Tokenizer.from_json(tokenizer).backend
+        self._some()
+
+    def _some(self) -> int:
+        from pipelines.sources import ROWS_AT_ONCE
+
+        texts = self.texts[self.next : self.next + ROWS_AT_ONCE]
+        self.next = (self.next + ROWS_AT_ONCE) % len(self.texts) if len(texts) == ROWS_AT_ONCE else 0
+        return sum(map(len, self.backend.encode_batch_fast(texts, add_special_tokens=False)))
+
+    def turn(self, tasks: Sequence[psutil.Process] = ()) -> None:
+        """Tokenise for BARE_S; processes that are given are stopped while it does."""
+        for process in tasks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        started, cpu_before, tokens = time.perf_counter(), time.process_time(), 0
+        try:
+            while time.perf_counter() - started < BARE_S:
+                tokens += self._some()
+        finally:
+            for process in tasks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+        self.turns.append((time.perf_counter() - started, time.process_time() - cpu_before, tokens))
+
+
+def beside(channel: Connection, corpus: Path, unfinished: Path) -> None:
+    """Say when it is ready; take turns with the parent's tasks until it sends a tokenizer, and one more; send all turns."""
+    bare = Bare(corpus)
+    channel.send(None)
+    tokenizer = ""
+    while not channel.poll(0 if tokenizer else 0.1):
+        for file in unfinished.glob("*/tokenizer.json"):
+            tokenizer = file.read_text(encoding="utf-8")
+            bare.start(tokenizer)
+        if tokenizer and not channel.poll(OURS_S):
+            tasks = _tokenising(psutil.Process(os.getppid()))
+            if tasks:
+                bare.turn(tasks)
+    told = channel.recv()
+    if not tokenizer:
+        bare.start(told)
+    during = list(bare.turns)
+    bare.turn()
+    channel.send((during, bare.turns))
+
+
+def _tokenising(driver: psutil.Process) -> list[psutil.Process]:
+    """Tasks of Ray Data below a driver."""
+    found = []
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if _kind(process.cmdline()) == "ray::MapBatches":
+                found.append(process)
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,14 +234,16 @@ class Ingest:
 
     Attributes:
         tokens: Tokens written.
-        seconds: From the call to the manifest.
+        seconds: From the call to the manifest, those apart in which its tasks were stopped.
         vocabulary_s: Of these, for the vocabulary.
         cpu_s: CPU seconds of all processes.
         vocabulary_cpu_s: Of these, for the vocabulary.
         peak_bytes: Most memory of all processes, the object store apart.
         peak_of: What each kind of process held of it.
         cpu_of: CPU seconds of each kind of process.
-        tokenizer: Its JSON.
+        tokens_per_s_bare: Of the tokenizer alone, in its turns.
+        tokens_per_cpu_s_bare: The same a CPU second.
+        turns: How many these were.
     """
 
     tokens: int
@@ -182,11 +254,13 @@ class Ingest:
     peak_bytes: int
     peak_of: dict[str, int]
     cpu_of: dict[str, float]
-    tokenizer: str
+    tokens_per_s_bare: float
+    tokens_per_cpu_s_bare: float
+    turns: int
 
 
 def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
-    """Prepare a corpus beside a few rows of a task."""
+    """Prepare a corpus beside a few rows of a task, in turns with the tokenizer alone."""
     from pipelines.prepare import prepare
     from yan_core.config import RunConfig, from_dict
 
@@ -208,10 +282,25 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
         if " tokenizer: " in line:
             vocabulary_s, vocabulary_cpu_s = time.perf_counter() - started, time.process_time() - cpu_before
 
-    with Usage() as usage:
-        started, cpu_before = time.perf_counter(), time.process_time()
-        prepared = prepare(config, folder, say)
-        seconds = time.perf_counter() - started
+    context = multiprocessing.get_context("spawn")
+    channel, theirs = context.Pipe()
+    process = context.Process(target=beside, args=(theirs, corpus, folder.with_name(f"{folder.name}.unfinished")))
+    process.start()
+    theirs.close()
+    try:
+        channel.recv()
+        with Usage({process.pid}) as usage:
+            started, cpu_before = time.perf_counter(), time.process_time()
+            prepared = prepare(config, folder, say)
+            seconds = time.perf_counter() - started
+    except BaseException:
+        process.terminate()
+        raise
+    channel.send(prepared.tokenizer.to_json())
+    during, turns = channel.recv()
+    process.join()
+    seconds -= sum(stopped_s for stopped_s, *_ in during)
+    bare_s, bare_cpu_s, bare_tokens = np.sum(turns, 0).tolist()
     return Ingest(
         tokens=prepared.manifest["tokens"],
         seconds=seconds,
@@ -221,7 +310,9 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
         peak_bytes=usage.peak_bytes,
         peak_of=usage.of,
         cpu_of=usage.cpu_of,
-        tokenizer=prepared.tokenizer.to_json(),
+        tokens_per_s_bare=bare_tokens / bare_s,
+        tokens_per_cpu_s_bare=bare_tokens / bare_cpu_s,
+        turns=len(turns),
     )
 
 
@@ -246,20 +337,18 @@ def main(args: Sequence[str] | None = None) -> int:
         corpus = root / "corpus"
         write_corpus(corpus, chosen.megabytes, chosen.files)
         write_corpus(root / "small_corpus", SMALL_MEGABYTES, 2)
-        before: tuple[float, float] | None = None
         for _ in range(chosen.turns):
             with ray_session(1, 1):
                 first = ingest(root / "small_corpus", root / "small", chosen.vocab_size)
                 done = ingest(corpus, root / "prepared", chosen.vocab_size)
-            after = in_child(bare, corpus, done.tokenizer)
-            alone, alone_cpu = np.mean([before or after, after], 0).tolist()
-            before = after
+            alone, alone_cpu = done.tokens_per_s_bare, done.tokens_per_cpu_s_bare
             turn = {
                 "tokens": done.tokens,
                 "first_s": first.seconds,
                 "seconds": done.seconds,
                 "vocabulary_s": done.vocabulary_s,
                 "tokens_per_s_bare": alone,
+                "turns_of_bare": done.turns,
                 "ratio": done.tokens / (done.seconds - done.vocabulary_s) / alone,
                 "ratio_with_vocabulary": done.tokens / done.seconds / alone,
                 "cpu_s": done.cpu_s,

@@ -1,0 +1,91 @@
+"""Token ids of texts word by word, each word given to the tokenizer once.
+
+A tokenizer of ours splits a text by an expression and looks at each word alone, so the ids of a text are those of its
+words in a row. A table of words is therefore exact. What it cannot be sure of is left to the tokenizer itself: special
+tokens in the text, and characters beyond CHARACTERS, about whose classes two versions of Unicode may differ.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import re
+import unicodedata
+
+import tokenizers
+from tokenizers import pre_tokenizers
+
+CHARACTERS = [*range(0x2B0), *range(0x2010, 0x2028), *range(0x2030, 0x205F)]
+"""Latin letters, and the punctuation that stands between them."""
+
+MOST_WORDS = 1 << 17
+"""Words that a table holds, some 25 MB; then it begins anew."""
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+WORDS = r"▁?\w+|▁?[^\w▁]|▁"
+"""How the vocabulary of words splits a text: each word or sign keeps the space before it."""
+
+
+def _class(*categories: str) -> str:
+    """The characters of some Unicode categories, for an expression's brackets."""
+    return "".join(re.escape(chr(c)) for c in CHARACTERS if unicodedata.category(chr(c)).startswith(categories))
+
+
+_SPACES = "\t-\r \x85\xa0"
+_LETTERS, _NUMBERS, _IN_WORDS = _class("L"), _class("N"), _class("L", "M", "N", "Pc")
+_KNOWN = re.compile(f"[{''.join(re.escape(chr(c)) for c in CHARACTERS)}]*")
+_BYTE_LEVEL_WORDS = re.compile(
+    rf" ?[{_LETTERS}]+| ?[{_NUMBERS}]+|'(?:[stmd]|re|ve|ll)| ?[^{_SPACES}{_LETTERS}{_NUMBERS}]+"
+    rf"|[{_SPACES}]+(?![^{_SPACES}])|[{_SPACES}]+"
+)
+"""The expression of ByteLevel (that of GPT-2) with its classes written out for CHARACTERS."""
+_METASPACE_WORDS = re.compile(f"▁?[{_IN_WORDS}]+|▁?[^{_IN_WORDS}▁]|▁")
+
+
+class WordCache(dict[str, bytes]):
+    """Word -> its token ids as the bytes of int32 numbers; a word that is not there is asked for and kept."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, byte_level: bool, lower: bool) -> None:
+        """See `word_cache`."""
+        self.model, self.byte_level, self.lower = backend.model, byte_level, lower
+        self.special = list(backend.get_added_tokens_decoder().values())
+        self.to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= MOST_WORDS:
+            self.clear()
+        written = self.to_bytes.pre_tokenize_str(word)[0][0] if self.byte_level else word
+        self[word] = found = array.array("i", [token.id for token in self.model.tokenize(written)]).tobytes()
+        return found
+
+    def ids(self, text: str) -> bytes | None:
+        """Token ids of a text as the bytes of int32 numbers; None if the tokenizer has to be asked."""
+        if "<" in text and any(token.content in text for token in self.special):
+            return None
+        if self.lower:
+            text = text.lower()
+        if not text.isascii() and not _KNOWN.fullmatch(text):
+            return None
+        if not text:
+            return b""
+        if self.byte_level:
+            words = _BYTE_LEVEL_WORDS.findall(text if text[0] == " " else f" {text}")
+        else:
+            words = _METASPACE_WORDS.findall(("" if text[0] == " " else "▁") + text.replace(" ", "▁"))
+        return b"".join(map(self.__getitem__, words))
+
+
+def word_cache(backend: tokenizers.Tokenizer) -> WordCache | None:
+    """An empty table for a tokenizer; None if it is not made as ours are."""
+    made = json.loads(backend.to_str())
+    normal = made["normalizer"] in (None, {"type": "Lowercase"})
+    tokens = all(t["special"] and not t["normalized"] and not t["single_word"] for t in made["added_tokens"])
+    plain = not (made["truncation"] or made["padding"] or made["post_processor"] or made["model"].get("dropout"))
+    byte_level = made["model"]["type"] == "BPE" and made["pre_tokenizer"] == BYTE_LEVEL
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
+    sequence = {"type": "Sequence", "pretokenizers": [METASPACE, split]}
+    words = made["model"]["type"] == "WordLevel" and made["pre_tokenizer"] == sequence
+    if normal and tokens and plain and (byte_level or words):
+        return WordCache(backend, byte_level, lower=made["normalizer"] is not None)
+    return None
