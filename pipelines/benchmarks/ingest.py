@@ -198,7 +198,7 @@ class Bare:
 
 
 def beside(channel: Connection, corpus: Path, unfinished: Path) -> None:
-    """Say when it is ready; take turns with the parent's tasks until it sends a tokenizer, and one more; send all turns."""
+    """Say that it is ready, take turns with the parent's tasks until a tokenizer comes, and one more; send all."""
     bare = Bare(corpus)
     channel.send(None)
     tokenizer = ""
