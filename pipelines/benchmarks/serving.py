@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,12 @@ class Server:
         self.log, self.replica_s, self._stopped = log, 0.0, threading.Event()
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         begun = time.perf_counter()
+        # In a shell's background SIGINT is ignored, and a child would inherit that: see `stop`.
+        hears_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        command = [sys.executable, "-m", *arguments]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=out, stderr=subprocess.STDOUT, env=env
+                command, stdout=out, stderr=subprocess.STDOUT, env=env, preexec_fn=hears_interrupts
             )
         while not re.search(r"ready after", log.read_text()):
             if self.process.poll() is not None or time.perf_counter() - begun > 240:
