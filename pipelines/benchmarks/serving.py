@@ -5,15 +5,17 @@
 
 An untrained model of a shipped size answers made-up questions of mixed lengths through `yan serve`, as users start it.
 Measured in the same run: the bare sampler in a process of its own, with as many threads as a replica has and with all;
-a Serve deployment that does nothing; an autoregressive model of the same size behind the same server. Capacity is what
-32 clients in a closed loop get; loads are open loops of Poisson arrivals at multiples of it, and a request's latency
-counts from when it was due. This process sends the requests and shares the cores with the server.
+a Serve deployment that does nothing; an autoregressive model of the same size behind the same server. The sampler with
+one thread has its turns between those of the server, since a machine's speed drifts. Capacity is what 32 clients in a
+closed loop get; loads are open loops of Poisson arrivals at multiples of it, and a request's latency counts from when
+it was due. This process sends the requests and shares the cores with the server.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -23,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,7 +37,7 @@ import torch
 
 from pipelines.benchmarks.decoders import SIZES, size_config
 from pipelines.benchmarks.generate import make_model, make_rows
-from pipelines.benchmarks.load import Load, closed_loop, open_loop
+from pipelines.benchmarks.load import Body, Load, closed_loop, open_loop
 from pipelines.benchmarks.machine import RESULTS, describe, in_child, leave
 from yan_core.files import code_commit
 
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 
 OVERHEAD_MS, SHARE, P99_RATIO, RECOVERY_S = 2.5, 0.8, 3.0, 10.0
 """What is promised: HTTP's cost for a lone client, throughput against the bare sampler's, and overload."""
+TURNS = 4
+"""How often the bare sampler and the server have their turns."""
 CLIENTS = 32
 """Clients of a closed loop that saturates the server."""
 ROWS = 512
@@ -54,29 +59,70 @@ def sources() -> list[str]:
     return [f"{row['context']} {row['question']}" for row in make_rows(ROWS)]
 
 
-def bare(model: Path, num_steps: int, batch_sizes: Sequence[int], threads: int, seconds: float) -> dict[str, float]:
-    """The sampler alone, in this process: sources a second by batch size, and `p50_ms` of a batch of one."""
-    import yan_core
+class Bare:
+    """The sampler alone, in this process; the sources are those of the requests."""
 
-    torch.set_num_threads(threads)
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    generator, prompts = yan_core.load(model), sources()
-    found: dict[str, float] = {}
-    for size in batch_sizes:
+    def __init__(self, model: Path, num_steps: int, threads: int) -> None:
+        import yan_core
+
+        torch.set_num_threads(threads)
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        self.generator, self.num_steps = yan_core.load(model), num_steps
+
+    def seconds(self, size: int, at_least_s: float) -> list[float]:
+        """Of each of some batches, the first apart."""
+        prompts = sources() if size == 1 else sorted(sources(), key=len)  # as the server does: about as long together
         batches = [prompts[i : i + size] for i in range(0, ROWS - size + 1, size)]
-        # As the server does: what is about as long goes together.
-        ordered = sorted(prompts, key=len)
-        batches = [ordered[i : i + size] for i in range(0, ROWS - size + 1, size)] if size > 1 else batches
-        generator.generate(batches[0], num_steps)
+        self.generator.generate(batches[0], self.num_steps)
         times: list[float] = []
-        while sum(times) < seconds:
+        while sum(times) < at_least_s:
             begun = time.perf_counter()
-            generator.generate(batches[len(times) * 7 % len(batches)], num_steps)
+            self.generator.generate(batches[len(times) * 7 % len(batches)], self.num_steps)
             times.append(time.perf_counter() - begun)
-        found[str(size)] = size * len(times) / sum(times)
-        if size == 1:
-            found["p50_ms"] = 1000 * sorted(times)[len(times) // 2]
-    return found
+        return times
+
+
+def bare(model: Path, num_steps: int, batch_sizes: Sequence[int], threads: int, seconds: float) -> dict[str, float]:
+    """Figures of the sampler alone, in this process."""
+    alone = Bare(model, num_steps, threads)
+    return figures({size: alone.seconds(size, seconds) for size in batch_sizes})
+
+
+def figures(times: Mapping[int, Sequence[float]]) -> dict[str, float]:
+    """Sources a second by batch size, and `p50_ms` of a batch of one."""
+    rates = {str(size): size * len(of) / sum(of) for size, of in times.items()}
+    return rates | {"p50_ms": 1000 * sorted(times[1])[len(times[1]) // 2]}
+
+
+def _start_bare(*arguments: Any) -> None:
+    global _bare
+    _bare = Bare(*arguments)
+
+
+def _bare_seconds(size: int, at_least_s: float) -> list[float]:
+    return _bare.seconds(size, at_least_s)
+
+
+def in_turns(
+    chosen: argparse.Namespace, model: Path, url: str, body: Body, clients: int
+) -> tuple[dict[str, float], Load, Load]:
+    """The bare sampler with one thread, a lone client, and many: each has its turn some times over.
+
+    A machine's speed drifts by more than is looked for, and a server that nobody asks takes no time from the sampler.
+    """
+    sizes, part_s = (1, chosen.max_batch_size), chosen.seconds / TURNS
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    loads: dict[int, list[Load]] = {1: [], clients: []}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _start_bare, (model, chosen.num_steps, 1)) as pool:
+        for _ in range(TURNS):
+            for size, count in zip(sizes, loads, strict=True):
+                times[size] += pool.submit(_bare_seconds, size, part_s / 2).result()
+                loads[count].append(closed_loop(url, body, count, part_s))
+    alone, saturated = (
+        Load([s for of in turns for s in of.samples], sum(of.seconds for of in turns)) for turns in loads.values()
+    )
+    return figures(times), alone, saturated
 
 
 def make_ar_model(folder: Path, size: str, target_tokens: int) -> None:
@@ -214,9 +260,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = [1, chosen.max_batch_size] if not full else sorted({1, 2, 4, 8, 16, 32, chosen.max_batch_size})
     report: dict[str, Any] = {"bare": {}}
     cores = os.cpu_count() or 1
-    for threads in sorted({1, cores}):
+    for threads in sorted({1, cores} if full else {cores}):
         report["bare"][str(threads)] = in_child(bare, model, chosen.num_steps, sizes, threads, chosen.seconds / 4)
-    print("bare sampler:", report["bare"], flush=True)
 
     with server(folder, "no_op", ["pipelines.benchmarks.no_op", "PORT"]) as no_op:
         closed_loop(no_op.url, body, 1, 1)
@@ -232,10 +277,11 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with server(folder, "yan", [*serve, "--model", str(model)]) as yan:
         closed_loop(yan.url, body, 1, 2)
         report["cold_start_s"] = yan.cold_start_s
-        alone = closed_loop(yan.url, body, 1, chosen.seconds)
-        report["alone"] = alone.summary()
         clients = min(CLIENTS, chosen.max_queued_requests + chosen.max_batch_size)
-        report["saturated"] = closed_loop(yan.url, body, clients, chosen.seconds).summary() | {"clients": clients}
+        same, alone, saturated = in_turns(chosen, model, yan.url, body, clients)
+        report["bare"]["1"] = report["bare"].get("1", {}) | same
+        report["alone"], report["saturated"] = alone.summary(), saturated.summary() | {"clients": clients}
+        print("bare sampler:", report["bare"], flush=True)
         capacity = report["saturated"]["answers_per_s"]
         print(f"yan serve: p50 {report['alone']['p50_ms']:.1f} ms alone, {capacity:.0f} answers/s", flush=True)
         report["overload"] = overload(yan.url, body, capacity, 2.0, chosen.seconds, chosen.overload_s)
@@ -264,7 +310,6 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "alone": closed_loop(baseline.url, body, 1, chosen.seconds / 2).summary(),
             "saturated": closed_loop(baseline.url, body, clients, chosen.seconds / 2).summary(),
         }
-    same = report["bare"]["1"]
     report["http_overhead_p50_ms"] = report["alone"]["p50_ms"] - same["p50_ms"]
     report["saturation_share_of_bare"] = capacity / same[str(chosen.max_batch_size)]
     best = max(rate for of in report["bare"].values() for size, rate in of.items() if size != "p50_ms")
