@@ -312,7 +312,7 @@ class Encode:
 
     def _write_windows(self, texts: list[str], record: Record, writer: Callable[[str, str], ShardWriter]) -> None:
         size = self.data.window_tokens
-        values, offsets = _tokenizer(self.tokenizer).encode_arrays(texts)
+        values, offsets = _tokenizer(self.tokenizer).encode_arrays(texts, self.threads)
         lengths = np.diff(offsets)
         counts = -(-lengths // size)  # windows of each text
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
@@ -366,8 +366,8 @@ class Encode:
         """Encode pairs and write them; gives the rows whose target is too long."""
         assert self.task is not None
         tokenizer, limit, longest = _tokenizer(self.tokenizer), self.data.max_target_tokens, self.data.max_source_tokens
-        sources, source_offsets = tokenizer.encode_arrays([e[2] for e in entries])
-        targets, target_offsets = tokenizer.encode_arrays([e[3] for e in entries])
+        sources, source_offsets = tokenizer.encode_arrays([e[2] for e in entries], self.threads)
+        targets, target_offsets = tokenizer.encode_arrays([e[3] for e in entries], self.threads)
         target_lengths, cut = np.diff(target_offsets), np.maximum(0, np.diff(source_offsets) - longest)
         fits = target_lengths <= limit
         bad = []

@@ -30,8 +30,12 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error)
 def reason_of(error: BaseException) -> str:
     """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
-    return (raised[-1:] or lines or [type(error).__name__])[0][:300]
+    return (raised_in(lines)[-1:] or lines or [type(error).__name__])[0][:300]
+
+
+def raised_in(lines: list[str]) -> list[str]:
+    """Those of the form `SomeError: ...`."""
+    return [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
 
 
 def locate(data: DataConfig, where: str) -> str:

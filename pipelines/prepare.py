@@ -34,7 +34,7 @@ from pipelines.encode import SCHEMAS, Encode, Record, text_row
 from pipelines.listing import ENDINGS, DataError, UnreadableFile, format_of, reason_of, sizes_of
 from pipelines.order import Shard
 from pipelines.pieces import do_pieces
-from pipelines.sources import ROWS_AT_ONCE, Source, find_dataset, open_files, open_source, value_at
+from pipelines.sources import Source, find_dataset, open_files, open_source, value_at
 from yan_core.config import DataConfig, RunConfig, to_dict
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task, get_task
@@ -111,8 +111,12 @@ def corpora_of(data: DataConfig) -> list[str]:
     return [data.corpus] if data.corpus else []
 
 
+LEAST_OF_A_PIECE = 256
+"""Rows that a vocabulary's sample takes from a piece at the least: of very many pieces it takes none from some."""
+
+
 def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]) -> Tokenizer:
-    """A vocabulary from tokenizer.sample_rows rows of each data set, some of each piece, in a seeded order."""
+    """A vocabulary from tokenizer.sample_rows rows of each data set, as many of each piece, in a seeded order."""
     task, limit = get_task(config.data.task), config.tokenizer.sample_rows
 
     def rows(source: Source) -> Iterator[dict[str, Any]]:
@@ -123,7 +127,7 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
             for place, number in enumerate(order):  # one is open at a time: each holds memory
                 if not left:
                     return
-                share, before = min(left, max(ROWS_AT_ONCE, -(-left // (len(order) - place)))), left
+                share, before = min(left, max(LEAST_OF_A_PIECE, -(-left // (len(order) - place)))), left
                 read = (row for batch in source.rows(source.pieces[number]) for row in batch.rows)
                 try:
                     for row in itertools.islice(read, taken[number], taken[number] + share):

@@ -273,6 +273,8 @@ def _parquet_pieces(file: str) -> list[Piece]:
 
 def _read_parquet(piece: Piece) -> Iterator[Rows]:
     with _open(piece.where) as opened, pq.ParquetFile(opened) as file:
+        if piece.stop > file.num_row_groups:  # rewritten since it was listed
+            raise pa.ArrowInvalid(f"it has {file.num_row_groups} row groups in place of {piece.stop}")
         rows = [file.metadata.row_group(g).num_rows for g in range(piece.stop or file.num_row_groups)]
         number = sum(rows[: piece.start])
         for groups in _runs(rows, piece.start):  # a reader of many row groups holds some memory of each
@@ -283,12 +285,13 @@ def _read_parquet(piece: Piece) -> Iterator[Rows]:
 
 def _runs(rows: list[int], start: int) -> Iterator[list[int]]:
     """Neighbouring row groups from `start` on that together have at least ROWS_AT_ONCE rows, or are the last ones."""
-    run: list[int] = []
+    run, held = list[int](), 0
     for group in range(start, len(rows)):
         run.append(group)
-        if sum(rows[g] for g in run) >= ROWS_AT_ONCE:
+        held += rows[group]
+        if held >= ROWS_AT_ONCE:
             yield run
-            run = []
+            run, held = [], 0
     if run:
         yield run
 

@@ -26,7 +26,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from pipelines.checkpoints import Checkpoints
-from pipelines.listing import DataError
+from pipelines.listing import DataError, raised_in
 from pipelines.metrics_buffer import UNSENT
 from pipelines.prepare import Prepared
 from pipelines.state import StageJob
@@ -149,11 +149,11 @@ def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Resul
 
 
 def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:
-    """The first worker's own last line of a failure that Ray wrapped."""
+    """What the first worker raised, or its last line, of a failure that Ray wrapped and put advice below."""
     for error in (*failures.values(), otherwise):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if lines:
-            return lines[-1]
+            return (raised_in(lines) or lines)[-1]
     return type(otherwise).__name__
 
 

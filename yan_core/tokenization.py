@@ -36,6 +36,9 @@ class Encoding:
 CHARS_AT_ONCE = 1 << 18
 """Characters that the backend encodes in one call: its encodings take a hundred times the room of the text."""
 
+TABLE_THREADS = 4
+"""Up to so many threads the table of words is faster than the backend with all of them."""
+
 
 def _at_once(texts: Sequence[str], most: int) -> Iterator[list[str]]:
     """The texts in groups of at most so many characters, or of one text."""
@@ -161,24 +164,26 @@ class Tokenizer:
             result.append(Encoding(ids=ids, num_cut=num_cut))
         return result
 
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts into one array, for many texts at a time.
 
         Args:
             texts: Texts.
+            threads: How many there are for it. The table of words is read by one, which many are faster than.
 
         Returns:
             Token ids of all texts, int32, [tokens], and where each text begins and the last one ends, int64,
             [texts + 1]; no special token is added.
         """
-        parts = [None if self._words is None else self._words.ids(text) for text in texts]
-        left = [i for i, part in enumerate(parts) if part is None]
-        found = itertools.chain.from_iterable(
-            self.backend.encode_batch_fast(some, add_special_tokens=False)
-            for some in _at_once([texts[i] for i in left], CHARS_AT_ONCE)
+        table = self._words if threads <= TABLE_THREADS else None
+        known = [None if table is None else table.ids(text) for text in texts]
+        left = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+        rest = (
+            array.array("i", encoding.ids).tobytes()
+            for some in _at_once(left, CHARS_AT_ONCE)
+            for encoding in self.backend.encode_batch_fast(some, add_special_tokens=False)
         )
-        for i, encoding in zip(left, found, strict=True):
-            parts[i] = array.array("i", encoding.ids).tobytes()
+        parts = [next(rest) if ids is None else ids for ids in known]
         values = np.frombuffer(bytearray().join(parts), np.int32)
         values[(values == self.pad_id) | (values == self.eos_id)] = self.unk_id
         return values, np.cumsum([0, *map(len, parts)], dtype=np.int64) // values.itemsize

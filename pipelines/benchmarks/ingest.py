@@ -16,7 +16,9 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -199,11 +201,12 @@ class Bare:
 
 def beside(channel: Connection, corpus: Path, unfinished: Path) -> None:
     """Say that it is ready, take turns with the parent's tasks until a tokenizer comes, and one more; send all."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # tasks that it has stopped go on
     bare = Bare(corpus)
     channel.send(None)
     tokenizer = ""
     while not channel.poll(0 if tokenizer else 0.1):
-        for file in unfinished.glob("*/tokenizer.json"):
+        for file in unfinished.glob("*/tokenizer.json") if not tokenizer else ():
             tokenizer = file.read_text(encoding="utf-8")
             bare.start(tokenizer)
         if tokenizer and not channel.poll(OURS_S):
@@ -293,12 +296,11 @@ def ingest(corpus: Path, folder: Path, vocab_size: int) -> Ingest:
             started, cpu_before = time.perf_counter(), time.process_time()
             prepared = prepare(config, folder, say)
             seconds = time.perf_counter() - started
-    except BaseException:
+        channel.send(prepared.tokenizer.to_json())
+        during, turns = channel.recv()
+    finally:
         process.terminate()
-        raise
-    channel.send(prepared.tokenizer.to_json())
-    during, turns = channel.recv()
-    process.join()
+        process.join()
     seconds -= sum(stopped_s for stopped_s, *_ in during)
     bare_s, bare_cpu_s, bare_tokens = np.sum(turns, 0).tolist()
     return Ingest(

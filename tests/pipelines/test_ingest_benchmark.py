@@ -39,14 +39,14 @@ def test_the_benchmark_reports_its_ratio(tmp_path):
 def test_the_tokenizer_alone_has_its_turns_while_the_tasks_are_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "BARE_S", 0.2)
     ingest.write_corpus(tmp_path, megabytes=0.5, files=1)
-    bare, seen = ingest.Bare(tmp_path), set()
+    bare, seen = ingest.Bare(tmp_path), list[str]()
     bare.start(Tokenizer.train(bare.texts[:50], TokenizerConfig(kind="bpe", vocab_size=300)).to_json())
     encode = bare._some
-    monkeypatch.setattr(bare, "_some", lambda: seen.add(task.status()) or encode())
+    monkeypatch.setattr(bare, "_some", lambda: seen.append(task.status()) or encode())
     with psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as task:
         try:
             bare.turn([task])
-            assert seen == {psutil.STATUS_STOPPED} and task.status() != psutil.STATUS_STOPPED
+            assert seen[-1] == psutil.STATUS_STOPPED and task.status() != psutil.STATUS_STOPPED
         finally:
             task.kill()
     ((seconds, cpu_s, tokens),) = bare.turns

@@ -18,9 +18,9 @@ import pytest
 from pipelines import stream
 from pipelines.documents import KeepOut
 from pipelines.encode import Encode
-from pipelines.listing import DataError
+from pipelines.listing import DataError, UnreadableFile
 from pipelines.prepare import cpus_of_a_task, open_prepared, prepare, read_text_rows
-from pipelines.sources import open_source
+from pipelines.sources import Piece, _read_parquet, open_source
 from pipelines.stream import read_rows_of
 from tests.pipelines.rows import HELD_OUT, ROWS, config_for, windows_of, write
 from yan_core.config import DatasetConfig, RunConfig, from_dict
@@ -453,3 +453,28 @@ def test_a_bucket_or_folder_that_has_changed_is_read_anew(tmp_path):
     with pytest.raises(DataError, match="cannot be used"):
         prepare(config, tmp_path / "out")
     assert left_behind(tmp_path) != before
+
+
+def test_row_groups_of_any_size_are_read_with_the_numbers_of_their_rows(tmp_path):
+    """Empty ones too; in pieces and as a whole."""
+    path = tmp_path / "rows.parquet"
+    sizes = [0, 700, 0, 0, 700, 1, 3000, 0]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    with pq.ParquetWriter(path, pa.schema([("n", pa.int64())])) as out:
+        for start, size in zip(starts, sizes, strict=True):
+            out.write_table(pa.table({"n": pa.array(range(start, start + size), pa.int64())}))
+    groups = pq.ParquetFile(path).num_row_groups
+    for piece in (Piece(str(path)), Piece(str(path), 0, groups), Piece(str(path), groups - 3, groups)):
+        read = [(n, row["n"]) for some in _read_parquet(piece) for n, row in zip(some.numbers, some.rows, strict=True)]
+        first = sum(pq.ParquetFile(path).metadata.row_group(g).num_rows for g in range(piece.start))
+        assert read == [(n, n) for n in range(first, sum(sizes))]
+
+
+def test_a_file_that_has_shrunk_since_it_was_listed_is_set_aside(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=10)
+    config = config_for(tmp_path, "parquet", None, path=str(path), held_out=str(path))
+    source = replace(open_source(config.data, "own", "train", 0), pieces=[Piece(str(path), 2, 4)])
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=20)
+    with pytest.raises(UnreadableFile, match="2 row groups in place of 4"):
+        list(source.rows(source.pieces[0]))

@@ -8,6 +8,7 @@ import torch
 from pipelines.checkpoints import Checkpoints
 from pipelines.order import Position, RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
+from pipelines.train import reason_of
 from pipelines.worker import left_from
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict, to_dict
@@ -105,3 +106,14 @@ def test_stages_that_are_done_are_left_out_after_a_restart():
     jobs = [StageJob(s, {}, s, "", "", "") for s in ("autoencoder", "flow", "finetune")]
     assert left_from(jobs, None) == (jobs, 0)
     assert left_from(jobs, Position("flow", "flow", 7)) == (jobs[1:], 7)
+
+
+def test_the_reason_of_a_failed_worker_is_what_was_raised_and_not_the_advice_below_it():
+    advice = "To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext`."
+    raised = RuntimeError(
+        f"ray::Map() (pid=1)\n  File x\nFileNotFoundError: no such file: /runs/a.parquet\n\n{advice}\n"
+    )
+    assert reason_of({1: raised}, ValueError("other")) == "FileNotFoundError: no such file: /runs/a.parquet"
+    died = RuntimeError("The worker died.\nIts node was terminated: health check failed\n")
+    assert reason_of({0: died}, ValueError("other")) == "Its node was terminated: health check failed"
+    assert reason_of({}, ValueError("other")) == "other"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -190,5 +191,6 @@ def test_many_texts_become_the_ids_of_each_however_many_are_encoded_at_once(
     values, offsets = tokenizer.encode_arrays(texts)
     found = [values[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
     assert found == [ids_of(tokenizer, text) for text in texts]
+    assert all(map(np.array_equal, (values, offsets), tokenizer.encode_arrays(texts, threads=16)))
     values, offsets = tokenizer.encode_arrays([])
     assert (len(values), offsets.tolist()) == (0, [0])

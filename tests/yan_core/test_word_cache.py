@@ -48,13 +48,15 @@ def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_known_character_is_read_as_the_tokenizer_does(made, kind):
+def test_every_known_character_is_read_as_the_tokenizer_does(made, kind, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "LOOK_AFTER", 10**9)  # so many words are new
     texts = [f"a{c}b {c} 1{c}2 {c}{c} .{c} x  {c}  {c}" for c in map(chr, CHARACTERS)]
     table = word_cache(made[kind].backend)
     assert table is not None
     taken = [text for text in texts if table.ids(text) is not None]
-    assert len(taken) >= len(texts) - 4  # lower case may be beyond them
-    assert ids_of(made[kind], texts) == [e.ids for e in made[kind].encode_batch(texts)]
+    assert len(taken) >= len(texts) - 12  # lower case may be beyond them
+    tokenizer = Tokenizer(made[kind].backend)
+    assert ids_of(tokenizer, texts) == [e.ids for e in tokenizer.encode_batch(texts)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -72,7 +74,7 @@ def test_what_may_be_read_otherwise_is_left_to_the_tokenizer(made):
     table = word_cache(made["bpe", False].backend)
     assert table is not None
     assert all(table.ids(f"a {token} b") is None for token in SPECIAL_TOKENS)
-    assert table.ids("a \u4e2d b") is None and table.ids("a\u0301") is None
+    assert table.ids("a \u4e2d b") is None and table.ids("\u03a3\u03a3") is None
     assert table.ids("a <b> c") is not None and table.ids("") == b""
 
 
@@ -90,10 +92,36 @@ def test_another_tokenizer_than_ours_has_no_table(made):
         lambda t: setattr(t, "normalizer", tokenizers.normalizers.NFKC()),
         lambda t: t.enable_truncation(3),
         lambda t: t.add_tokens(["here"]),
+        lambda t: t.add_special_tokens(["[CLS]"]),
     ):
         other = tokenizers.Tokenizer.from_str(text)
         change(other)
         assert word_cache(other) is None
         tokenizer = Tokenizer(other)
         assert ids_of(tokenizer, TEXTS) == [e.ids for e in tokenizer.encode_batch(TEXTS)]
+        assert ids_of(tokenizer, ["[CLS] here"]) == [tokenizer.encode_batch(["[CLS] here"])[0].ids]
     assert word_cache(tokenizers.Tokenizer.from_str(text)) is not None
+
+
+def test_texts_of_new_words_are_left_to_the_tokenizer_for_longer_and_longer(made, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "LOOK_AFTER", 20)
+    monkeypatch.setattr(module, "LEAST_PAUSE", 4)
+    monkeypatch.setattr(module, "MOST_PAUSE", 8)
+    table = word_cache(made["bpe", False].backend)
+    assert table is not None
+
+    def left_alone(texts: list[str]) -> int:
+        return sum(table.ids(text) is None for text in texts)
+
+    new = iter(" ".join(f"{chr(97 + i % 26)}{chr(97 + i // 26)}{chr(97 + j)}" for j in range(20)) for i in range(600))
+    assert left_alone([next(new) for _ in range(1 + 4)]) == 4
+    assert left_alone([next(new) for _ in range(1 + 8 + 1 + 8)]) == 16
+    assert left_alone(["a b " * 10]) == 0  # all known, or nearly
+    assert left_alone([next(new) for _ in range(1 + 4)]) == 4
+
+
+def test_a_long_word_is_not_kept(made):
+    tokenizer = Tokenizer(made["bpe", False].backend)
+    texts = ["acgt" * 1000, "short"]
+    assert ids_of(tokenizer, texts) == [e.ids for e in tokenizer.encode_batch(texts)]
+    assert tokenizer._words is not None and list(tokenizer._words) == [" short"]
