@@ -34,7 +34,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def raised_in(lines: list[str]) -> list[str]:
-    """Those of the form `SomeError: ...`; without Ray Data's own, which says that there was one, if there are others."""
+    """Those of the form `SomeError: ...`; if there are others, without Ray Data's own, which says that there are."""
     found = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Invalid): ", line)]
     return [line for line in found if not line.startswith("ray.exceptions.UserCodeException: ")] or found
 

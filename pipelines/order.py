@@ -215,6 +215,10 @@ class StageOrder:
             return bisect_right(self._starts, step) - 1
         return len(self._starts) - 1 + (step - self._starts[-1]) // self.pool_batches
 
+    def pool_left(self, step: int) -> int:
+        """Number of the first pool that has batches from a step on; `num_pools` where none is left."""
+        return self.pool_at(step) if step < self.settings.max_steps else self.num_pools
+
     @property
     def num_pools(self) -> int:
         """Pools of the stage."""
@@ -228,7 +232,7 @@ class StageOrder:
 
     def pools(self, step: int = 0) -> Iterator[Pool]:
         """The stage's pools from optimizer step `step` on; of the first one, what is left of it."""
-        return (self.pool(number, step) for number in range(self.pool_at(step), self.num_pools))
+        return (self.pool(number, step) for number in range(self.pool_left(step), self.num_pools))
 
     def lane(self, pool: int, lane: int) -> tuple[int, int]:
         """Where a lane of a pool begins and ends in the line of rows."""
@@ -250,8 +254,7 @@ class StageOrder:
 
     def cursor(self, step: int) -> dict[str, int]:
         """Where reading goes on at a step: epoch, and rows of it that are done with (of whole pools)."""
-        pool = self.pool_at(step) if step < self.settings.max_steps else self.num_pools
-        epoch, position = self.rows.epoch_at(self.lane(pool, 0)[0])
+        epoch, position = self.rows.epoch_at(self.lane(self.pool_left(step), 0)[0])
         return {"epoch": epoch, "position": position}
 
 

@@ -53,19 +53,19 @@ class StageStream:
 
     @property
     def first_pool(self) -> int:
-        """The pool that the next batch comes from."""
-        return self.order.pool_at(self.step)
+        """The pool that the next batch comes from; after the last step one behind the last."""
+        return self.order.pool_left(self.step)
 
     @property
     def pools_per_block(self) -> int:
         """Pools of a block."""
-        left = max(0, self.order.num_pools - self.first_pool)
+        left = self.order.num_pools - self.first_pool
         return -(-left // max(MOST_BLOCKS // self.workers, LEAST_ROUNDS)) or 1
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the stream: a multiple of the workers."""
-        left = max(0, self.order.num_pools - self.first_pool)
+        left = self.order.num_pools - self.first_pool
         return -(-left // self.pools_per_block) * self.workers
 
     def pools(self, round_: int) -> list[Pool]:

@@ -125,6 +125,18 @@ def test_after_a_restart_the_batches_are_those_that_were_left(prepared, step, mo
         assert all(torch.equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("steps", [18, 20])
+def test_after_a_stage_that_ended_the_next_one_has_all_its_batches(prepared, steps, workers):
+    """A checkpoint at a stage's last step, in the middle of a pool or at its end."""
+    stages = {stage: {"max_steps": steps, "batch_size": 16} for stage in SETTINGS["stages"]}
+    config = from_dict(RunConfig, {**SETTINGS, "stages": stages})
+    rest = blocks(prepared, config, ["flow", "finetune"], steps, workers)
+    whole = blocks(prepared, config, ["finetune"], workers=workers)
+    assert len(rest) == len(whole) and all(map(pa.Table.equals, rest, whole))
+    assert list(stage_order(prepared, "flow", config).pools(steps)) == []
+
+
 def test_a_batch_holds_rows_of_like_length(prepared):
     def spread(pool_batches):
         config = from_dict(RunConfig, {**SETTINGS, "data": {"pool_batches": pool_batches, "lanes": 1}})

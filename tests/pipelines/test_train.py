@@ -110,9 +110,10 @@ def test_stages_that_are_done_are_left_out_after_a_restart():
 
 def test_the_reason_of_a_failed_worker_is_what_was_raised_and_not_the_advice_below_it():
     advice = "To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext`."
-    raised = RuntimeError(
-        f"ray::Map() (pid=1)\n  File x\nFileNotFoundError: no such file: /runs/a.parquet\n\n{advice}\n"
+    cause = (
+        "ray::Map() (pid=1)\n  File x\nFileNotFoundError: no such file: /runs/a.parquet\n\nThe above exception ...\n"
     )
+    raised = RuntimeError(f"{cause}ray.exceptions.UserCodeException: UDF failed to process a data block.\n{advice}\n")
     assert reason_of({1: raised}, ValueError("other")) == "FileNotFoundError: no such file: /runs/a.parquet"
     died = RuntimeError("The worker died.\nIts node was terminated: health check failed\n")
     assert reason_of({0: died}, ValueError("other")) == "Its node was terminated: health check failed"
