@@ -30,10 +30,8 @@ from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
 from yan_core.config import RunConfig, to_dict
-from yan_core.files import code_commit, code_fingerprint
+from yan_core.files import PACKAGES, code_commit, code_fingerprint
 
-PACKAGES = ("yan_core", "pipelines", "serve")
-"""What a job needs of the code."""
 CONFIG = "job.yaml"
 """The run's resolved config, in what is uploaded."""
 STOP_WAIT_S = 60
@@ -176,13 +174,15 @@ def submit(
 
 def follow(client: JobSubmissionClient, job: str) -> JobDetails:
     """Print a job's log until it ends, over as many connections as it takes."""
-    shown, tries = 0, 0
+    log, tries, broken = _Log(), 0, False
     while True:
+        before = log.shown
         try:
-            before, shown = shown, asyncio.run(_print_from(client, job, shown))
-            tries = 0 if shown > before else tries
+            asyncio.run(log.print_while_it_grows(client, job))
+            broken = False
         except (aiohttp.ClientError, RuntimeError, OSError):
-            tries += 1
+            tries, broken = tries + 1, True
+        tries = 0 if log.shown > before else tries
         with plain_errors(client.get_address()):
             try:
                 details = client.get_job_info(job)
@@ -192,19 +192,30 @@ def follow(client: JobSubmissionClient, job: str) -> JobDetails:
                 time.sleep(2)
                 continue
         if details.status.is_terminal():
+            if broken:  # what the connection did not bring
+                with plain_errors(client.get_address()):
+                    log.print_rest(client.get_job_logs(job))
             return details
         time.sleep(1)
 
 
-async def _print_from(client: JobSubmissionClient, job: str, shown: int) -> int:
-    """Print a job's log from a character on, while it grows; returns how many were printed in all."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        new = text[max(0, shown - seen) :]
-        seen += len(text)
-        print(new, end="", flush=True)
-        shown = max(shown, seen)
-    return shown
+class _Log:
+    """A job's log as it is printed, each character once."""
+
+    shown = 0
+
+    async def print_while_it_grows(self, client: JobSubmissionClient, job: str) -> None:
+        """Print from a new connection what is not printed yet."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            print(text[max(0, self.shown - seen) :], end="", flush=True)
+            seen += len(text)
+            self.shown = max(self.shown, seen)
+
+    def print_rest(self, whole: str) -> None:
+        """Print what is not printed yet of the whole log."""
+        print(whole[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(whole))
 
 
 def exit_code(details: JobDetails) -> int:

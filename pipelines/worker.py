@@ -173,7 +173,7 @@ def train_loop(job: dict[str, Any]) -> None:
 
 
 def same_code(job: dict[str, Any], rank: int) -> bool:
-    """Whether every worker runs the driver's copy of yan_core; one that does not says so where the driver looks.
+    """Whether every worker runs the driver's copy of the code; one that does not says so where the driver looks.
 
     To start the workers again would end alike, so none of them raises.
     """
@@ -182,7 +182,7 @@ def same_code(job: dict[str, Any], rank: int) -> bool:
     if other:
         write_file(
             Path(job["failure"]),
-            f"worker {rank} runs another copy of yan_core ({code_description()}) than the driver ({driver}): ship one "
+            f"worker {rank} runs another copy of the code ({code_description()}) than the driver ({driver}): ship one "
             "copy, by --working-dir or in the image, and do not edit it in mid-run",
         )
     if num_workers() > 1:

@@ -58,6 +58,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+PACKAGES = ("yan_core", "pipelines", "serve")
+"""Folders of the code, side by side."""
+
+
 @lru_cache(maxsize=1)
 def code_commit() -> str:
     """Commit of the code that runs, with `-dirty` where files differ from it; `unknown` outside a checkout."""
@@ -72,10 +76,10 @@ def code_commit() -> str:
 
 @lru_cache(maxsize=1)
 def code_fingerprint() -> str:
-    """Short hash of this package's source files: equal where the same code runs, whatever the commit is called."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
+    """Short hash of the source files, this package's and its neighbours': equal where the same code runs."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 

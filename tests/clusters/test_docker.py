@@ -95,3 +95,13 @@ def test_job_upload_is_the_code_alone():
     assert {"yan_core/model.py", "pipelines/cli.py", "serve/app.py", "pipelines/configs/world.yaml"} <= set(found)
     assert not [file for file in found if file.split("/")[0] in ("tests", "docs", "clusters", ".git", "runs", ".venv")]
     assert size < 2 * 2**20
+
+
+def test_a_login_shell_finds_what_the_image_installs(tmp_path: Path):
+    """As `ray up` and `ray exec` run their commands; Debian's /etc/profile sets PATH, then reads profile.d."""
+    (write,) = re.findall(r"^RUN (echo .* > /etc/profile.d/yan.sh)$", STAGES["base"], flags=re.M)
+    file = tmp_path / "yan.sh"
+    subprocess.run(["sh", "-c", write.replace("/etc/profile.d/yan.sh", str(file))], check=True)
+    command = ["bash", "-c", f'PATH=/usr/local/bin:/usr/bin:/bin; . {file}; echo "$PATH"']
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert path == "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin\n"

@@ -238,3 +238,17 @@ def test_the_service_knows_who_may_ask():
     assert config["http_options"]["host"] == "0.0.0.0"
     ours = [container for where, container in CONTAINERS if "RayService" in where or "ray_service" in where]
     assert ours and all({"secretRef": {"name": "yan-api-keys"}} in container["envFrom"] for container in ours)
+
+
+def test_no_two_ray_objects_have_one_name():
+    """The Services of their heads are called by it, and lead to the one that was made last."""
+    names = [document["metadata"]["name"] for kind in RAY for document in find(kind)]
+    assert len(set(names)) == len(names) == 3
+
+
+def test_kuberay_makes_a_service_for_requests():
+    """It does so where the head has a port named `serve`, whoever answers there."""
+    (service,) = find("RayService")
+    for group in groups(cluster_of(service)):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]

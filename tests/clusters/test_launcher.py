@@ -142,3 +142,12 @@ def test_ray_start_knows_every_option(name: str, kind: str):
 
     known = {flag.removeprefix("--") for option in start.params for flag in option.opts}
     assert set(start_options(name, f"{kind}_start_ray_commands")) <= known
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_node_knows_who_may_ask_a_service(name: str):
+    """Without keys a server that listens beyond loopback does not start."""
+    for command in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (line,) = (line for line in load(name)[command] if "ray start" in line)
+        assert 'YAN_API_KEYS="$(cat ~/.ray/api_keys 2>/dev/null)"; ray start' in " ".join(line.split())
+        assert line.index("export") < line.index("YAN_API_KEYS")

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.job_submission import JobStatus
 
 from pipelines import jobs
 from pipelines.cli import UsageError, main, parse_config
@@ -128,6 +130,30 @@ run(from_dict(RunConfig, yaml.safe_load(open(sys.argv[1]))), publish=False)
 """
 
 
+def test_a_log_whose_connection_breaks_is_printed_once_and_to_its_end(capsys, monkeypatch):
+    class Client:
+        tries = 0
+
+        def get_address(self) -> str:
+            return "http://127.0.0.1:1"
+
+        async def tail_job_logs(self, job: str):
+            self.tries += 1
+            for text in ("one\n", "two\n"):
+                yield text
+            raise RuntimeError("the connection is lost")
+
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            return SimpleNamespace(status=JobStatus.SUCCEEDED if self.tries == 2 else JobStatus.RUNNING)
+
+        def get_job_logs(self, job: str) -> str:
+            return "one\ntwo\nthree\n"
+
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    assert jobs.follow(Client(), "job").status is JobStatus.SUCCEEDED
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
 @pytest.mark.ray
 def test_workers_with_another_copy_of_the_code_stop_the_run_at_once(tiny_settings: dict, tmp_path: Path):
     copy = tmp_path / "other/yan_core"
@@ -150,7 +176,7 @@ def test_workers_with_another_copy_of_the_code_stop_the_run_at_once(tiny_setting
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     here = rf"[^(]*commit {code_commit()}, sources {code_fingerprint()}, in {ROOT}/yan_core"
-    assert re.search(r"TrainingFailed: training failed: worker [01] runs another copy of yan_core \([^)]*\)", last), (
+    assert re.search(r"TrainingFailed: training failed: worker [01] runs another copy of the code \([^)]*\)", last), (
         last
     )
     assert re.search(rf"than the driver \({here}\): ship one copy, by --working-dir or in the image", last), last
