@@ -69,7 +69,8 @@ class Launched:
         """Addresses of the nodes that live, by the head."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         found = asked(f"{self.address}/nodes?view=summary", token)["data"]["summary"]
-        return sorted(node["ip"] for node in found if node["raylet"].get("state") == "ALIVE")
+        alive = [node for node in found if node["raylet"].get("state") == "ALIVE"]
+        return sorted(node["ip"] for node in alive if "ip" in node)  # one that has just come has none yet
 
     def wait_for_nodes(self, names: tuple[str, ...], timeout_s: float = 120) -> None:
         wait_until(lambda: self.nodes() == sorted(ADDRESSES[name] for name in names), timeout_s, self.nodes)
