@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp  # comes with Ray's jobs client
 import ray
@@ -32,6 +33,7 @@ from pipelines.sources import find_dataset
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import PACKAGES, code_commit, code_fingerprint
 
+TRACKING = "MLFLOW_TRACKING_URI"
 CONFIG = "job.yaml"
 """The run's resolved config, in what is uploaded."""
 STOP_WAIT_S = 60
@@ -95,7 +97,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def environment(given: Sequence[str]) -> dict[str, str]:
-    """Environment of a job: MLFLOW_TRACKING_URI and what is named. Anybody with the cluster's token can read it.
+    """Environment of a job: what is named, and MLFLOW_TRACKING_URI unless it leads nowhere from another machine.
+
+    Anybody with the cluster's token can read it.
 
     Args:
         given: `NAME=VALUE`, or `NAME` for a variable of this process.
@@ -104,14 +108,23 @@ def environment(given: Sequence[str]) -> dict[str, str]:
         UsageError: If a named variable is not set.
     """
     variables = {"YAN_COMMIT": code_commit(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    for name in ["MLFLOW_TRACKING_URI"] if os.environ.get("MLFLOW_TRACKING_URI") else []:
-        variables[name] = os.environ[name]
+    if uri := os.environ.get(TRACKING):
+        if _is_of_this_machine(uri):
+            print(f"{TRACKING} is of this machine and not passed on (--env {TRACKING} does)", file=sys.stderr)
+        else:
+            variables[TRACKING] = uri
     for item in given:
         name, equals, value = item.partition("=")
         if not equals and name not in os.environ:
             raise UsageError(f"--env {name}: there is no such variable here; give it as {name}=VALUE")
         variables[name] = value if equals else os.environ[name]
     return variables
+
+
+def _is_of_this_machine(uri: str) -> bool:
+    """Whether a tracking store is a file, or at an address of loopback."""
+    parts = urlsplit(uri)
+    return parts.scheme in ("", "file", "sqlite") or parts.hostname in ("localhost", "127.0.0.1", "::1")
 
 
 # --- the cluster ------------------------------------------------------------------------------------------------------

@@ -97,6 +97,25 @@ def test_environment_is_what_was_named(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
+    ("uri", "passed"),
+    [
+        ("http://127.0.0.1:5000", False),
+        ("http://localhost:5000", False),
+        ("http://[::1]:5000", False),
+        ("sqlite:////runs/mlflow.db", False),
+        ("mlruns", False),
+        ("https://mlflow.example.com", True),
+        ("postgresql://mlflow:word@db.example.com/mlflow", True),
+    ],
+)
+def test_a_tracking_store_of_this_machine_is_passed_on_only_if_asked(uri, passed, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert ("MLFLOW_TRACKING_URI" in jobs.environment([])) == passed
+    assert ("not passed on (--env MLFLOW_TRACKING_URI does)" in capsys.readouterr().err) != passed
+    assert jobs.environment(["MLFLOW_TRACKING_URI"])["MLFLOW_TRACKING_URI"] == uri
+
+
+@pytest.mark.parametrize(
     ("log", "link"),
     [
         ("x\nMLflow run: abc at http://mlflow:5000/\ny", "http://mlflow:5000/#/runs/abc"),
