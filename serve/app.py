@@ -20,7 +20,7 @@ from ray.serve.config import AutoscalingConfig
 
 from serve.auth import load_keys, refuse_open_server
 from serve.engine import Engine
-from serve.metrics import Metrics
+from serve.metrics import Exporter, Metrics
 from serve.models import ServedModel, pools
 from serve.pool import Models
 from serve.registry import find_version, is_registered, registry_uri, resolve, version_name
@@ -90,6 +90,7 @@ class Server:
         sys.setswitchinterval(SWITCH_S)
         self.args, self.keys = args, keys
         self.metrics = Metrics(ray_serve.get_replica_context().replica_id.unique_id)
+        Exporter(self.metrics.registry).start()
         shelf = Shelf(args, self.metrics)
         self.models = Models(
             {address: shelf.load(address) for address in (args.model, *args.more_models)},
