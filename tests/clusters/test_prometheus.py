@@ -20,6 +20,7 @@ import yaml
 
 from serve import ingress
 from tests.clusters.checks import CLUSTERS, ROOT
+from tests.clusters.conftest import asked as asked_of
 from tests.clusters.conftest import free_port, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -59,7 +60,11 @@ def test_every_panel_has_an_answer(tiny_settings: dict[str, Any], tmp_path: Path
     began, python = time.time(), [sys.executable, "-m"]
     with tempfile.TemporaryDirectory(prefix="yan") as home:  # short, for sockets
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        token = Path(home, "auth_token")
+        token.write_text("0123456789abcdef" * 2)
         environment |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_metrics_report_interval_ms": "1000",
             ingress.ENABLED: "1",
@@ -90,7 +95,7 @@ def test_every_panel_has_an_answer(tiny_settings: dict[str, Any], tmp_path: Path
             running(start, environment, tmp_path / "ray.log"),
             running(watch, environment, tmp_path / "prometheus.log"),
         ):
-            wait_until(lambda: get(f"http://127.0.0.1:{dashboard}/api/version"), 120)
+            wait_until(lambda: asked_of(f"http://127.0.0.1:{dashboard}/api/version", token.read_text()), 120)
             environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
             train = [*python, "pipelines", "run", "--config", str(tmp_path / "config.yaml")]
             done = subprocess.run(train, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
