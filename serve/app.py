@@ -20,7 +20,8 @@ from ray.serve.config import AutoscalingConfig
 
 from serve.auth import load_keys, refuse_open_server
 from serve.engine import Engine
-from serve.metrics import Exporter, Metrics
+from serve.exporter import Exporter
+from serve.metrics import Metrics
 from serve.models import ServedModel, pools
 from serve.pool import Models
 from serve.registry import find_version, is_registered, registry_uri, resolve, version_name

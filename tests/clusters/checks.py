@@ -274,7 +274,7 @@ def _ray_metrics() -> set[str]:
     for file in (file for folder in folders for file in (home / folder).rglob("*.py")):
         for name in re.findall(r'"((?:serve|train|data|node)_\w+)"', _text(file)):
             own.update(f"ray_{name}{end}" for end in ("", "_total", "_bucket", "_sum", "_count"))
-    for name in re.findall(r'"(yan_\w+)"', _text(ROOT / "serve/metrics.py")):  # see `Exporter` there
+    for name in re.findall(r'"(yan_\w+)"', _text(ROOT / "serve/metrics.py")):  # see serve/exporter.py
         own.update(f"ray_{name}{end}" for end in ("", "_sum_total", "_count_total"))
     return own
 

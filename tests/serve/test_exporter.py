@@ -2,8 +2,9 @@
 
 import pytest
 
-from serve import metrics as module
-from serve.metrics import Exporter, Metrics
+from serve import exporter as module
+from serve.exporter import Exporter
+from serve.metrics import Metrics
 
 
 def test_ray_is_given_what_has_changed_under_its_own_labels(monkeypatch: pytest.MonkeyPatch):
