@@ -24,7 +24,8 @@ CHARACTERS = [
     *range(0x2030, 0x205F),
     *range(0x20A0, 0x20C0),
     *range(0x2100, 0x2460),
-    *range(0x2500, 0x2800),
+    *range(0x2500, 0x2581),  # without "▁", which Metaspace puts in the place of spaces
+    *range(0x2582, 0x2800),
     *range(0x1F300, 0x1FB00),
 ]
 """Latin and Cyrillic letters, accents, punctuation, signs and emoji. Of Greek capitals, lower case depends on place."""

@@ -75,6 +75,7 @@ def test_what_may_be_read_otherwise_is_left_to_the_tokenizer(made):
     assert table is not None
     assert all(table.ids(f"a {token} b") is None for token in SPECIAL_TOKENS)
     assert table.ids("a \u4e2d b") is None and table.ids("\u03a3\u03a3") is None
+    assert table.ids("\u2581a") is None
     assert table.ids("a <b> c") is not None and table.ids("") == b""
 
 
