@@ -1,6 +1,7 @@
 """Manifests for Kubernetes."""
 
 import copy
+import ipaddress
 import re
 import shlex
 import tomllib
@@ -182,8 +183,15 @@ def test_nothing_gets_in_or_out_but_what_a_policy_names():
 
 
 def test_network_policies_never_reach_the_metadata_service():
-    blocks = re.findall(r"'ipBlock': (\{.*?\})", str([p["spec"] for p in find("NetworkPolicy")]))
-    assert blocks and all("169.254.0.0/16" in block for block in blocks)
+    rules = [rule for policy in find("NetworkPolicy") for rule in policy["spec"].get("egress", [])]
+    blocks = [(to["ipBlock"], rule["ports"]) for rule in rules for to in rule["to"] if "ipBlock" in to]
+    assert len(blocks) == 4
+    metadata = ipaddress.ip_address("169.254.169.254")
+    for block, ports in blocks:
+        if metadata in ipaddress.ip_network(block["cidr"]):
+            assert any(metadata in ipaddress.ip_network(part) for part in block["except"])
+        else:  # a cache of names on the node itself
+            assert {port["port"] for port in ports} == {53}
 
 
 def test_services_find_pods():

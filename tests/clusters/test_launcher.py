@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,30 @@ def test_every_node_knows_who_may_ask_a_service(name: str):
         (line,) = (line for line in load(name)[command] if "ray start" in line)
         assert 'YAN_API_KEYS="$(cat ~/.ray/api_keys 2>/dev/null)"; ray start' in " ".join(line.split())
         assert line.index("export") < line.index("YAN_API_KEYS")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_node_knows_where_mlflow_is(name: str):
+    """A service whose models come from a registry asks it."""
+    config = load(name)
+    if "docker" in config:
+        assert any("--env MLFLOW_TRACKING_URI=http" in option for option in config["docker"]["run_options"])
+        return
+    for command in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (line,) = (line for line in config[command] if "ray start" in line)
+        assert 'MLFLOW_TRACKING_URI="$(cat ~/.ray/mlflow_tracking_uri 2>/dev/null)"' in line.split(";")[1]
+
+
+def test_google_cloud_waits_for_the_driver_where_there_is_a_gpu(tmp_path: Path):
+    """It is installed at the first boot, while the launcher is on its way."""
+    (line,) = (line for line in load("gcp")["initialization_commands"] if "nvidia-smi" in line)
+    card, tool = tmp_path / "devices/0000:00:04.0", tmp_path / "nvidia-smi"
+    card.mkdir(parents=True)
+    line = line.replace("/sys/bus/pci/devices", str(tmp_path / "devices")).replace("sleep 5", "touch waited")
+    tool.write_text("#!/bin/sh\ntest -e waited\n")
+    tool.chmod(0o755)
+    for vendor, waits in (("0x8086", False), ("0x10de", True)):
+        (card / "vendor").write_text(vendor)
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, check=True, timeout=60)
+        assert (tmp_path / "waited").exists() == waits

@@ -16,7 +16,7 @@ import mlflow
 import pytest
 
 from pipelines.tracking import Tracker, mlflow_at
-from tests.clusters.checks import CLUSTERS
+from tests.clusters.checks import CLUSTERS, documents
 from tests.clusters.conftest import free_port
 from yan_core.config import RunConfig
 
@@ -48,6 +48,23 @@ def _answers(url: str) -> bool:
         return urllib.request.urlopen(url, timeout=5).status == 200
     except (urllib.error.URLError, OSError):
         return False
+
+
+def test_pods_that_start_at_once_make_the_schema_one_after_the_other(postgresql: str):
+    (deployment,) = (d for d in documents(CLUSTERS / "mlflow/kubernetes.yaml") if d["kind"] == "Deployment")
+    (schema,) = deployment["spec"]["template"]["spec"]["initContainers"]
+    python, *arguments = schema["command"]
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": f"postgresql://{postgresql}"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    assert python == "python"
+    pods = [
+        subprocess.Popen([sys.executable, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [pod.communicate(timeout=200)[1] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0, 0], said
+    client = mlflow.MlflowClient(f"postgresql://{postgresql}")
+    assert client.create_experiment("made")
 
 
 def test_runs_files_and_registry_are_the_same_in_postgresql(postgresql: str, bucket: str, tmp_path: Path):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +66,34 @@ def test_checker_finds_wrong_alerts_and_configs():
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["scrape_config"] = config.pop("scrape_configs")
     assert "scrape_config" in prometheus(written(config))[0]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "fires"),
+    [
+        ({"a": "1x30", "b": "1x30"}, False),
+        ({"a": "1x10 0x20", "b": "1x30"}, False),
+        ({"a": "1x10 0x20", "b": "1x10 0x20"}, True),
+        ({"a": "1x10", "b": "1x10"}, True),  # gone with their nodes: there is nothing left to be 0
+        ({}, False),  # nothing was served here
+    ],
+)
+def test_alert_when_no_replica_is_healthy(replicas: dict[str, str], fires: bool, tmp_path: Path):
+    tool = shutil.which("promtool")
+    if tool is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    metric = "ray_serve_deployment_replica_healthy"
+    series = [
+        {"series": f'{metric}{{application="yan", replica="{name}"}}', "values": values}
+        for name, values in replicas.items()
+    ]
+    expected = {"exp_labels": {"severity": "page"}, "exp_annotations": {"summary": "No replica is healthy"}}
+    asked = {"alertname": "NoHealthyReplica", "eval_time": "25m", "exp_alerts": [expected] if fires else []}
+    test = {"interval": "1m", "input_series": series, "alert_rule_test": [asked]}
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(MONITORING / "rules.yml")], "tests": [test]}))
+    done = subprocess.run([tool, "test", "rules", str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_panels_are_told_apart_and_do_not_overlap():
