@@ -20,6 +20,8 @@ HERE = "http://127.0.0.1:8265"
 NODES = "/nodes?view=summary"
 WAITING = "/api/v0/{}?filter_keys=state&filter_predicates=%3D&filter_values={}"
 SERVE = "/api/serve/applications/"
+QUEUES = "sum by (application) (ray_yan_queue_size)"
+"""In Prometheus: sources that wait in the replicas of each application."""
 SHOWN = 8
 """Lines of a table; the rest is counted."""
 TIMEOUT_S = 20
@@ -32,6 +34,7 @@ def main(args: list[str]) -> int:
     )
     parser.add_argument("--address", help=f"the head's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, {HERE}")
     parser.add_argument("--tracking-uri", help="MLflow; default: MLFLOW_TRACKING_URI, runs/mlflow.db")
+    parser.add_argument("--prometheus", help="Prometheus, which knows what waits; default: RAY_PROMETHEUS_HOST")
     chosen = parser.parse_args(args)
     named = chosen.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     client = jobs.connect(chosen.address if named else HERE)
@@ -45,7 +48,7 @@ def main(args: list[str]) -> int:
         found = [job for job in client.list_jobs() if job.submission_id]
     for title, lines in {
         "jobs": cut(jobs.table(found)) if found else ["none"],
-        "services": serve_lines(asked(client, SERVE)),
+        "services": [*serve_lines(asked(client, SERVE)), *queue_lines(chosen.prometheus)],
         "runs": run_lines(chosen.tracking_uri),
     }.items():
         print("\n".join(["", title, *lines]))
@@ -160,6 +163,24 @@ def serve_lines(answer: Mapping[str, Any] | str) -> list[str]:
     proxies = [proxy["status"] for proxy in answer.get("proxies", {}).values()]
     listen = ", ".join(f"{proxies.count(status)} {status}" for status in sorted(set(proxies)))
     return [*cut(aligned(rows)), *notes, *([f"proxies: {listen}"] if listen else [])]
+
+
+def queue_lines(prometheus: str | None) -> list[str]:
+    """What waits in the replicas, as Prometheus has it: a replica knows only its own."""
+    address = prometheus or os.environ.get("RAY_PROMETHEUS_HOST")
+    if not address:
+        return ["waiting requests: name a Prometheus by --prometheus or RAY_PROMETHEUS_HOST"]
+    try:
+        answer = requests.get(f"{address.rstrip('/')}/api/v1/query", {"query": QUEUES}, timeout=TIMEOUT_S)
+        answer.raise_for_status()
+        series = answer.json()["data"]["result"]
+        queues = {one["metric"].get("application", "?"): float(one["value"][1]) for one in series}
+    except requests.exceptions.ConnectionError:
+        return [f"nobody answers at {address}, where Prometheus should"]
+    except (requests.exceptions.RequestException, KeyError, TypeError, ValueError) as error:
+        return [f"Prometheus at {address} does not answer: {_last_line(str(error))}"]
+    told = ", ".join(f"{name} {size:g}" for name, size in sorted(queues.items())) or "none is known"
+    return [f"waiting requests: {told} (Prometheus at {address})"]
 
 
 def run_lines(uri: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import click
 import pytest
 
 from pipelines.cli import COMMANDS, parse_config
@@ -33,6 +34,49 @@ def test_submit_takes_the_options():
     assert words[0] == "--address"
     config = parse_config("submit", [word.replace("pipelines/", f"{ROOT}/pipelines/") for word in words[2:]])
     assert config.scaling.max_workers == 4
+
+
+COMMANDS_OF_OTHERS = sorted(
+    {
+        line.split(" && ")[0] if "'" not in line else line
+        for code in CODE
+        for line in code.replace("\\\n", " ").splitlines()
+        if re.match(r"(ray (up|down|exec|submit|dashboard|job)|serve (deploy|status)|mlflow (db \w+|gc)) ", line)
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS_OF_OTHERS)
+def test_ray_and_mlflow_take_the_command(line: str):
+    from mlflow.cli import cli as mlflow
+    from ray.scripts.scripts import cli as ray
+    from ray.serve.scripts import cli as serve
+
+    program, *words = shlex.split(line)
+    group: click.Command = {"mlflow": mlflow, "ray": ray, "serve": serve}[program]
+    while isinstance(group, click.Group):
+        group = group.commands[words.pop(0)]
+    words = [str(ROOT / word) if word.startswith("clusters/") else word for word in words]
+    unread = group.make_context(line, words, allow_extra_args=False).args
+    assert unread == []
+
+
+def test_enough_of_their_commands_are_read():
+    found = {" ".join(line.split()[:2]) for line in COMMANDS_OF_OTHERS}
+    assert found >= {"ray up", "ray down", "ray exec", "ray submit", "ray dashboard", "serve deploy", "serve status"}
+    assert found >= {"mlflow db", "mlflow gc"}
+
+
+@pytest.mark.parametrize(
+    ("file", "given"),
+    [
+        ("clusters/monitoring/compose.yaml", re.findall(r"(\w+)=\S+ docker compose -f clusters/monitoring", TEXT)),
+        ("clusters/mlflow/compose.yaml", re.findall(r"for name in ([\w ]+);", TEXT)[0].split()),
+    ],
+)
+def test_containers_are_given_the_variables_that_they_must_have(file: str, given: list[str]):
+    assert f"-f {file} up" in TEXT
+    assert set(given) == set(re.findall(r"\$\{(\w+):\?", (ROOT / file).read_text()))
 
 
 def test_every_file_of_clusters_is_in_it_or_named_by_one_that_is():

@@ -115,8 +115,12 @@ def test_every_panel_has_an_answer(tiny_settings: dict[str, Any], tmp_path: Path
                     for target in panel.get("targets", [])
                     if not answers(prometheus, target["expr"], began)
                 ]
+                status = [*python, "pipelines", "status", "--address", f"http://127.0.0.1:{dashboard}"]
+                status += ["--prometheus", prometheus]
+                told = subprocess.run(status, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
                 counted = "sum(ray_yan_requests_total{route='/v1/generate', status='200', application='yan'})"
                 time.sleep(10)  # the exporter's five seconds, the agent's and Prometheus' own
                 found = get(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': counted})}")["data"]["result"]
     assert empty == []
+    assert f"\nwaiting requests: yan 0 (Prometheus at {prometheus})\n" in told.stdout, told.stdout + told.stderr
     assert asked > 50 and float(found[0]["value"][1]) == asked

@@ -4,7 +4,11 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +149,58 @@ def test_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
     uri = f"http://127.0.0.1:{free_port()}"
     (line,) = status.run_lines(uri)
     assert line.startswith(f"MLflow at {uri} does not answer (")
+
+
+@pytest.fixture
+def prometheus(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
+    """Address of a server that gives one answer to everything, and what it was asked."""
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(request.param.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", asked
+        server.shutdown()
+
+
+RECORDED = """{"status": "success", "data": {"resultType": "vector", "result": [
+{"metric": {"application": "yan"}, "value": [1764265000.1, "12"]},
+{"metric": {"application": "chat"}, "value": [1764265000.1, "0"]}]}}"""
+
+
+@pytest.mark.parametrize(
+    ("prometheus", "line"),
+    [
+        (RECORDED, "waiting requests: chat 0, yan 12 (Prometheus at {})"),
+        ('{"status": "success", "data": {"result": []}}', "waiting requests: none is known (Prometheus at {})"),
+        ("a page", "Prometheus at {} does not answer: Expecting value: line 1 column 1 (char 0)"),
+        ("[]", "Prometheus at {} does not answer: list indices must be integers or slices, not str"),
+    ],
+    indirect=["prometheus"],
+)
+def test_what_waits_in_replicas_is_asked_of_prometheus(prometheus: tuple[str, list[str]], line: str):
+    address, asked = prometheus
+    assert status.queue_lines(address) == [line.format(address)]
+    assert [urllib.parse.unquote_plus(path) for path in asked] == [f"/api/v1/query?query={status.QUEUES}"]
+
+
+def test_without_prometheus_nothing_is_known_of_what_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RAY_PROMETHEUS_HOST", raising=False)
+    assert status.queue_lines(None) == [
+        "waiting requests: name a Prometheus by --prometheus or RAY_PROMETHEUS_HOST",
+    ]
+    monkeypatch.setenv("RAY_PROMETHEUS_HOST", f"http://127.0.0.1:{free_port()}")
+    (line,) = status.queue_lines(None)
+    assert re.fullmatch(r"nobody answers at http://127.0.0.1:\d+, where Prometheus should", line)
 
 
 # --- on a real head ---------------------------------------------------------------------------------------------------
