@@ -53,7 +53,22 @@ class Checkpoints:
             name: Its name.
             position: Where it was taken.
             fill: Writes its files into the folder it is given.
+
+        Raises:
+            CheckpointError: If the disk is full; those before it stay as they are.
         """
+        try:
+            return self._write(name, position, fill)
+        except Exception as error:  # safetensors has an error of its own for it
+            if "No space left on device" not in str(error):
+                raise
+            where = self.root if self.is_local else f"{self.root} or {tempfile.gettempdir()}"
+            raise CheckpointError(
+                f"no space left for {name} in {where}: free some, then give the same command again; it goes on from "
+                "the checkpoint before"
+            ) from error
+
+    def _write(self, name: str, position: Position, fill: Callable[[Path], None]) -> ray.train.Checkpoint:
         if self.is_local:
             with atomic_folder(Path(self.root) / name) as folder:
                 _fill_and_seal(folder, position, fill)

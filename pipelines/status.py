@@ -20,7 +20,7 @@ HERE = "http://127.0.0.1:8265"
 NODES = "/nodes?view=summary"
 WAITING = "/api/v0/{}?filter_keys=state&filter_predicates=%3D&filter_values={}"
 SERVE = "/api/serve/applications/"
-QUEUES = "sum by (application) (ray_yan_queue_size)"
+QUEUES = "sum by (application) (last_over_time(ray_yan_queue_size[1m]))"
 """In Prometheus: sources that wait in the replicas of each application."""
 SHOWN = 8
 """Lines of a table; the rest is counted."""

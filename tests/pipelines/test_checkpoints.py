@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipelines.checkpoints import SEAL, Checkpoints
 from pipelines.order import Position
@@ -54,6 +56,19 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(checkpoints, tmp_path
         checkpoints.verify(NAMES[2])
     assert checkpoints.newest() == (NAMES[1], at(1))
     assert f"{NAMES[2]}/{file} is damaged" in caplog.text and "the checkpoint before it is used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda folder: save_file({"weights": torch.zeros(9)}, "/dev/full"),
+        lambda folder: Path("/dev/full").write_text("text"),
+    ],
+)
+def test_a_full_disk_is_said_and_costs_no_checkpoint_that_is_there(checkpoints, fill):
+    with pytest.raises(CheckpointError, match="no space left for checkpoint_new in .*c.*: free some, then give the same"):
+        checkpoints.write("checkpoint_new", at(9), fill)
+    assert checkpoints.names() == NAMES[::-1] and checkpoints.newest() == (NAMES[2], at(2))
 
 
 def test_a_cut_short_or_unfinished_one_is_passed_over(checkpoints, tmp_path):
