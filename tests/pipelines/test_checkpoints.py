@@ -1,11 +1,12 @@
 """Checkpoints of a training in progress: sealed, verified, and the newest sound one found, in a folder or by URL."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from pipelines.checkpoints import SEAL, Checkpoints
 from pipelines.order import Position
@@ -59,14 +60,18 @@ def test_a_damaged_one_is_named_and_the_one_before_it_used(checkpoints, tmp_path
 
 
 @pytest.mark.parametrize(
-    "fill",
+    "error",
     [
-        lambda folder: save_file({"weights": torch.zeros(9)}, "/dev/full"),
-        lambda folder: Path("/dev/full").write_text("text"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_said_and_costs_no_checkpoint_that_is_there(checkpoints, fill):
-    with pytest.raises(CheckpointError, match="no space left for checkpoint_new in .*c.*: free some, then give the same"):
+def test_a_full_disk_is_said_and_costs_no_checkpoint_that_is_there(checkpoints, error):
+    def fill(folder: Path) -> None:
+        (folder / "begun").touch()
+        raise error
+
+    with pytest.raises(CheckpointError, match="no space left for checkpoint_new in .*: free some"):
         checkpoints.write("checkpoint_new", at(9), fill)
     assert checkpoints.names() == NAMES[::-1] and checkpoints.newest() == (NAMES[2], at(2))
 
