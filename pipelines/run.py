@@ -226,7 +226,7 @@ def train_steps(
         raise ValueError("every stage has max_steps=0: nothing to train")
     if jobs:
         started = time.perf_counter()
-        say(f"training: {config.scaling.max_workers} workers start")
+        say(f"training: workers start: {config.scaling.max_workers}")
         try:
             with progress_lines() as board:
                 train_stages(config, jobs, prepared, folder / "checkpoints", board, tracker)
