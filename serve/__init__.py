@@ -1,5 +1,5 @@
 """YAN over HTTP, on Ray Serve."""
 
-from serve.ingress import prefer_haproxy
+from serve.ingress import prefer_fast_path
 
-prefer_haproxy()  # before anything here imports Serve
+prefer_fast_path()  # before anything here imports Serve

@@ -93,8 +93,10 @@ class Server:
         self.metrics = Metrics(ray_serve.get_replica_context().replica_id.unique_id)
         Exporter(self.metrics.registry).start()
         shelf = Shelf(args, self.metrics)
+        # In a thread: the replica's event loop is ours too, see `ingress.SEPARATE_LOOP`.
+        loaded = {address: await asyncio.to_thread(shelf.load, address) for address in (args.model, *args.more_models)}
         self.models = Models(
-            {address: shelf.load(address) for address in (args.model, *args.more_models)},
+            loaded,
             shelf,
             any_registered=args.any_registered,
             most=args.max_models,

@@ -96,7 +96,7 @@ def test_every_node_serves_behind_haproxy(name: str):
     for line in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
         if "ray start" in line:
             exported = shlex.split(line.split("export ")[1].split(";")[0])
-            assert f"{ingress.ENABLED}=1" in exported
+            assert f"{ingress.ENABLED}=1" in exported and f"{ingress.SEPARATE_LOOP}=0" in exported
             assert f"RAY_SERVE_HAPROXY_RETRY_ON={ingress.RETRIED}" in exported
             (script,) = [word.partition("=")[2] for word in exported if "BINARY_PATH" in word]
             (code,) = [place.replace("~", "$HOME") for place, here in config["file_mounts"].items() if here == "."]

@@ -33,10 +33,11 @@ def test_without_haproxy_there_is_the_other_proxy_and_a_reason():
 
 
 def test_the_choice_is_made_before_serve_reads_its_environment():
-    code = "import serve.launch, ray.serve._private.constants as c; print(c.RAY_SERVE_ENABLE_HA_PROXY)"
+    code = "import serve.launch, ray.serve._private.constants as c; print(c.RAY_SERVE_ENABLE_HA_PROXY, "
+    code += "c.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    assert done.stdout.strip() == "True False"
 
 
 def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
