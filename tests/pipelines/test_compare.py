@@ -2,8 +2,10 @@
 
 import json
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
 from pipelines.prepare import prepare
+from pipelines.results import differences
 from pipelines.results import main as write_page
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
@@ -135,3 +138,33 @@ def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
     assert re.search(
         r"points (above|below) the best baseline, .* \(95 % interval over rows: [+-][\d.]+ to [+-][\d.]+\)", text
     )
+
+
+def changed(label: str, family: str, rows: dict[int, list[float]], **metrics: float) -> dict[str, Any]:
+    """A contestant of a report, as far as tables of differences read it: its rows' scores by number of steps."""
+    quality = [
+        {
+            "num_steps": steps,
+            "metric": "exact_match",
+            "value": statistics.mean(of),
+            "rows": of,
+            "metrics": {"exact_match": statistics.mean(of), **metrics},
+        }
+        for steps, of in rows.items()
+    ]
+    return {"label": label, "family": family, "quality": quality}
+
+
+def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
+    good, poor = [1.0] * 80 + [0.0] * 20, [1.0] * 60 + [0.0] * 40
+    contestants = {
+        "yan": changed("YAN", "yan", {1: poor, 3: good, 8: good}, distinct_answers=0.5),
+        "k1": changed("K = 1", "yan", {1: poor, 3: poor, 8: [1.0] * 100}),
+        "ar": changed("GPT-2", "ar", {1: good}),
+    }
+    lines = differences({"contestants": contestants}).splitlines()
+    assert "exact match at 3 steps" in lines[0]
+    assert lines[4] == "| none | exact match 80.0 | 3 | 50 % |"
+    found = re.fullmatch(r"\| K = 1 \| -20.0 \[-2(\d\.\d), -1(\d\.\d)\] \| 8 \|  \|", lines[5])
+    assert found and len(lines) == 6
+    assert differences({"contestants": {name: contestants[name] for name in ("yan", "ar")}}) == ""
