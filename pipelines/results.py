@@ -148,8 +148,8 @@ def differences(report: Report) -> str:
     metric = ours["metric"].replace("_", " ")
     whole = f"{metric} {100 * ours['value']:.1f}"
     lines = [
-        f"What a change to the recipe is worth in {metric} at {ours['num_steps']} steps, and how many steps each takes to "
-        "come within a point of the best that it reaches at any number of them:",
+        f"What a change to the recipe is worth in {metric} at {ours['num_steps']} steps, and how many steps each takes "
+        "to come within a point of the best that it reaches at any number of them:",
         "",
         "| change | points [95 % over rows] | steps | told apart of the answers drawn |",
         "|---|---:|---:|---:|",
