@@ -18,13 +18,13 @@ import torch
 from pipelines.card import evidence
 from pipelines.evaluation import Quality, evaluate_model
 from pipelines.folders import flat
-from pipelines.listing import locate
+from pipelines.listing import locate, reason_of
 from pipelines.metrics_buffer import UNSENT, MetricsBuffer
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
 from pipelines.prepare import Prepared, corpora_of
 from pipelines.progress import say
 from pipelines.sources import find_dataset
-from pipelines.tracking import STORE_ERRORS, Tracker, TrackingError, patiently, reason_of, tracking_uri
+from pipelines.tracking import STORE_ERRORS, Tracker, TrackingError, patiently, tracking_uri
 from yan_core.card import model_card
 from yan_core.checkpoint import from_pretrained, read_config
 from yan_core.config import RunConfig, to_dict

@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
+from pipelines.listing import reason_of
 from pipelines.metrics_buffer import Value
 from yan_core.config import RunConfig
 
@@ -87,11 +88,6 @@ class TrackingError(ValueError):
 def is_refusal(error: BaseException) -> bool:
     """Whether a store answers, and will not do what it was asked."""
     return isinstance(error, mlflow.MlflowException) and error.error_code in REFUSALS
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of a store's error."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def patiently(do: Callable[[], T], for_s: float = 30.0, pause_s: float = 3.0) -> T:

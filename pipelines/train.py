@@ -109,7 +109,7 @@ def train_stages(
         fit_interruptibly(trainer, board)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {}
-        raise TrainingFailed(f"training failed: {reason_of(failures, error)}") from error
+        raise TrainingFailed(f"training failed: {reason_of_failures(failures, error)}") from error
     if failure.is_file():
         raise TrainingFailed(f"training failed: {failure.read_text(encoding='utf-8')}")
     if not all(Path(job.record).is_file() for job in stages):
@@ -148,7 +148,7 @@ def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Resul
         signal.signal(signal.SIGTERM, ended_by)
 
 
-def reason_of(failures: dict[int, Exception], otherwise: BaseException) -> str:
+def reason_of_failures(failures: dict[int, Exception], otherwise: BaseException) -> str:
     """What the first worker raised, or its last line, of a failure that Ray wrapped and put advice below."""
     for error in (*failures.values(), otherwise):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -167,4 +167,6 @@ class SayRestarts(UserCallback):
         """Called by Ray Train's controller."""
         ranks = ", ".join(map(str, worker_exceptions))
         error = next(iter(worker_exceptions.values()))
-        self.board.add.remote(f"  training    worker {ranks} failed: {reason_of(worker_exceptions, error)[:300]}")
+        self.board.add.remote(
+            f"  training    worker {ranks} failed: {reason_of_failures(worker_exceptions, error)[:300]}"
+        )

@@ -8,7 +8,7 @@ import torch
 from pipelines.checkpoints import Checkpoints
 from pipelines.order import Position, RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
-from pipelines.train import reason_of
+from pipelines.train import reason_of_failures
 from pipelines.worker import left_from
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict, to_dict
@@ -108,13 +108,13 @@ def test_stages_that_are_done_are_left_out_after_a_restart():
     assert left_from(jobs, Position("flow", "flow", 7)) == (jobs[1:], 7)
 
 
-def test_the_reason_of_a_failed_worker_is_what_was_raised_and_not_the_advice_below_it():
+def test_the_reason_of_failures_a_failed_worker_is_what_was_raised_and_not_the_advice_below_it():
     advice = "To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext`."
     cause = (
         "ray::Map() (pid=1)\n  File x\nFileNotFoundError: no such file: /runs/a.parquet\n\nThe above exception ...\n"
     )
     raised = RuntimeError(f"{cause}ray.exceptions.UserCodeException: UDF failed to process a data block.\n{advice}\n")
-    assert reason_of({1: raised}, ValueError("other")) == "FileNotFoundError: no such file: /runs/a.parquet"
+    assert reason_of_failures({1: raised}, ValueError("other")) == "FileNotFoundError: no such file: /runs/a.parquet"
     died = RuntimeError("The worker died.\nIts node was terminated: health check failed\n")
-    assert reason_of({0: died}, ValueError("other")) == "Its node was terminated: health check failed"
-    assert reason_of({}, ValueError("other")) == "other"
+    assert reason_of_failures({0: died}, ValueError("other")) == "Its node was terminated: health check failed"
+    assert reason_of_failures({}, ValueError("other")) == "other"
