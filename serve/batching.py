@@ -115,6 +115,22 @@ class Batcher:
             return 1
         return max(1, min(self.max_batch_size, self.max_batch_tokens // kind.tokens))
 
+    @property
+    def full(self) -> bool:
+        """Whether no job has room."""
+        return len(self._waiting) >= max(1, self.max_queued)
+
+    def _queue_is_full(self, wait_s: float) -> Overloaded:
+        return Overloaded(
+            f"the queue is full: {len(self._waiting)} of at most {self.max_queued} requests wait; come again later",
+            code="queue_full",
+            retry_after_s=max(1, math.ceil(wait_s)),
+        )
+
+    def refusal(self) -> Overloaded | None:
+        """What a job would be told now that has no room; None: there is some."""
+        return self._queue_is_full(self.expected_wait_s) if self.full else None
+
     def submit(self, jobs: Sequence[Job], timeout_s: float) -> Ticket:
         """Put jobs of one request into the queue, all of them or none.
 
@@ -127,11 +143,7 @@ class Batcher:
         """
         wait_s = self.expected_wait_s
         if self._waiting and len(self._waiting) + len(jobs) > self.max_queued:
-            raise Overloaded(
-                f"the queue is full: {len(self._waiting)} of at most {self.max_queued} requests wait; come again later",
-                code="queue_full",
-                retry_after_s=max(1, math.ceil(wait_s)),
-            )
+            raise self._queue_is_full(wait_s)
         if self._waiting and wait_s > timeout_s:
             raise Overloaded(
                 f"the queue takes about {wait_s:.1f} s, longer than this request can wait; come again later",

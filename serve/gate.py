@@ -9,7 +9,7 @@ import logging.handlers
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +23,8 @@ from serve.metrics import Metrics
 
 GUARDED = ("/v1/", "/metrics")
 """Where a key is wanted; health and the API's description are for anyone who gets this far."""
+ANSWERING = ("/v1/generate", "/v1/completions")
+"""Where requests wait for a model."""
 TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?", re.ASCII
 )
@@ -41,6 +43,7 @@ class Gate:
         rate: RateLimit,
         metrics: Metrics,
         log: logging.Logger,
+        full: Callable[[], RequestError | None],
         gives_id: bool = True,
     ) -> None:
         """Wrap an app.
@@ -51,10 +54,12 @@ class Gate:
             rate: Requests a minute.
             metrics: Where requests are counted.
             log: From `access_log`.
+            full: Gives what a request is told that no model has room for, whatever it asks; its body is not read then,
+                which makes a refusal a third as dear as an answer's HTTP.
             gives_id: Whether the answer gets its X-Request-ID here: Serve adds one by itself, and two are too many.
         """
         self.app, self.keys, self.rate, self.metrics, self.log = app, keys, rate, metrics, log
-        self.gives_id = gives_id
+        self.full, self.gives_id = full, gives_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -87,6 +92,8 @@ class Gate:
 
         try:
             refused = self._refusal(scope, headers, line)
+            if refused is None and path_of(scope) in ANSWERING:
+                refused = self.full()
             if refused is None:
                 await self.app(scope, receive, marked)
             else:
@@ -98,7 +105,7 @@ class Gate:
             self._note(scope, status, time.perf_counter() - begun, line)
 
     def _refusal(self, scope: Scope, headers: Headers, line: dict[str, Any]) -> RequestError | None:
-        if not scope["path"].startswith(GUARDED):
+        if not path_of(scope).startswith(GUARDED):
             return None
         name = owner(self.keys, headers.get("authorization"))
         if name is None:
@@ -118,7 +125,8 @@ class Gate:
 
     def _note(self, scope: Scope, status: int, seconds: float, line: dict[str, Any]) -> None:
         # Of a path that is not ours there may be any number, and a counter for each.
-        route = getattr(scope.get("route"), "path", "other")
+        path = path_of(scope)
+        route = getattr(scope.get("route"), "path", path if path in ANSWERING else "other")
         self.metrics.answered(route, status, seconds)
         told = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -128,6 +136,12 @@ class Gate:
             "ms": round(seconds * 1000, 2),
         }
         self.log.info(json.dumps(told | line))
+
+
+def path_of(scope: Scope) -> str:
+    """The path below the prefix that the app is deployed at, as its routes are written."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
 
 
 def access_log(file: str) -> logging.Logger:

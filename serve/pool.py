@@ -95,6 +95,13 @@ class Models:
         """Whether every model that stays answers."""
         return all(held.model.engine.ready for held in self._held.values() if held.pinned)
 
+    def refusal(self) -> Overloaded | None:
+        """What any request would be told now, whichever model it names; None: that depends."""
+        if self._any_registered:
+            return None
+        refusals = [held.model.batcher.refusal() for held in self._held.values()]
+        return None if None in refusals else refusals[0]
+
     async def get(self, name: str | None, timeout_s: float = 30.0) -> ServedModel:
         """The model of a name: that of its answers, or its address with or without `models:/`.
 

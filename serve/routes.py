@@ -88,7 +88,7 @@ def create_api(
     """
     # The gate is outermost, so that a request without a key costs nothing more; but a browser asks about CORS without.
     rate, log = RateLimit(args.requests_per_minute), access_log(args.access_log)
-    middleware = [Middleware(Gate, keys, rate, metrics, log, gives_id)]
+    middleware = [Middleware(Gate, keys, rate, metrics, log, models.refusal, gives_id)]
     if args.cors_origins:
         cors = Middleware(
             CORSMiddleware,

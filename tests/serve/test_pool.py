@@ -68,6 +68,18 @@ def test_a_name_may_be_that_of_answers_or_the_address():
     asyncio.run(run())
 
 
+def test_a_request_is_refused_unread_only_where_no_model_that_it_may_name_has_room():
+    def with_room(refusal: Overloaded | None) -> Any:
+        found = model("world")
+        found.batcher.refusal = lambda: refusal
+        return found
+
+    full, other = Overloaded("the queue is full", code="queue_full", retry_after_s=1), with_room(None)
+    assert Models([with_room(full), with_room(full)]).refusal() is full
+    assert Models([with_room(full), other]).refusal() is None
+    assert Models([with_room(full)], Shelf(), any_registered=True).refusal() is None
+
+
 def test_a_registered_model_is_loaded_once_for_all_who_ask():
     async def run() -> None:
         shelf = Shelf(quiz__best="quiz/7")

@@ -257,6 +257,9 @@ def test_when_the_queue_is_full_the_answer_is_503_at_once(start, monkeypatch):
         asked = [pool.submit(client.post, "/v1/generate", json={"source": "a", "seed": i}) for i in range(8)]
         refused = [future.result().status_code for future in itertools.islice(as_completed(asked), 5)]
         assert refused == [503] * 5
+        for path in ("/v1/generate", "/v1/completions"):  # whatever it asks: it is not read
+            assert client.post(path, content=b"no JSON").status_code == 503
+        assert client.get("/v1/models").status_code == 200 and client.post("/v1/nothing").status_code == 404
         free.set()
         answers = [future.result() for future in asked]
     assert sorted(answer.status_code for answer in answers) == [200] * 3 + [503] * 5
@@ -264,6 +267,8 @@ def test_when_the_queue_is_full_the_answer_is_503_at_once(start, monkeypatch):
         if answer.status_code == 503:
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["code"] == "queue_full"
+    assert counted(client, 'yan_requests_total{replica="one",route="/v1/generate",status="503"}') == 6
+    assert client.post("/v1/generate", content=b"no JSON").status_code == 422
 
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions"])
@@ -328,6 +333,16 @@ def test_keys_are_asked_for_where_there_are_any(start):
     assert client.get("/v1/models", headers=key).status_code == 200
     assert client.post("/v1/generate", json={"source": "a"}).status_code == 401
     assert client.post("/v1/generate", json={"source": "a"}, headers=key).status_code == 200
+
+
+def test_keys_are_asked_for_below_a_prefix_too(start):
+    """`route_prefix` of a Serve config: Serve gives the whole path, and the prefix as the root's."""
+    client = TestClient(start(keys={"ann": hashlib.sha256(b"secret").hexdigest()}).app, root_path="/yan")
+    assert client.post("/yan/v1/generate", json={"source": "a"}).status_code == 401
+    assert client.get("/yan/metrics").status_code == 401
+    assert client.get("/yan/healthz").status_code == 200
+    key = {"Authorization": "Bearer secret"}
+    assert client.post("/yan/v1/generate", json={"source": "a"}, headers=key).status_code == 200
 
 
 def test_a_key_has_its_rate(start):
