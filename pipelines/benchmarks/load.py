@@ -91,7 +91,9 @@ class Load:
         }
 
 
-def closed_loop(url: str, body: Body, clients: int, seconds: float, headers: dict[str, str] | None = None) -> Load:
+def closed_loop(
+    url: str, body: Body, clients: int, seconds: float, headers: dict[str, str] | None = None, pause_s: float = 0.0
+) -> Load:
     """So many clients, each of which asks again when it has its answer.
 
     Args:
@@ -100,6 +102,7 @@ def closed_loop(url: str, body: Body, clients: int, seconds: float, headers: dic
         clients: How many.
         seconds: No request begins after that.
         headers: Of each request.
+        pause_s: Time each waits between an answer and its next request.
     """
 
     async def run() -> Load:
@@ -113,8 +116,9 @@ def closed_loop(url: str, body: Body, clients: int, seconds: float, headers: dic
                 while (now := time.perf_counter()) - started < seconds:
                     number, count = count, count + 1
                     samples.append(await session.ask(url, body(number), started, now))
-                    if samples[-1].status != 200:
-                        await asyncio.sleep(REFUSED_S)
+                    refused = samples[-1].status != 200
+                    if pause := max(pause_s, REFUSED_S if refused else 0.0):
+                        await asyncio.sleep(pause)
 
             await asyncio.gather(*(client() for _ in range(clients)))
             return Load(samples, time.perf_counter() - started)

@@ -5,7 +5,8 @@
 
 An untrained model of a shipped size answers made-up questions of mixed lengths through `yan serve`, as users start it.
 Measured in the same run: the bare sampler in a process of its own, with as many threads as a replica has and with all;
-a Serve deployment that does nothing; an autoregressive model of the same size behind the same server. The sampler with
+a Serve deployment that does nothing, without and with pauses as long as an answer takes the sampler, after which every
+cache on the way is cold; an autoregressive model of the same size behind the same server. The sampler with
 one thread has its turns between those of the server, since a machine's speed drifts. Capacity is what 32 clients in a
 closed loop get; loads are open loops of Poisson arrivals at multiples of it, and a request's latency counts from when
 it was due. This process sends the requests and shares the cores with the server.
@@ -263,13 +264,16 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for threads in sorted({1, cores} if full else {cores}):
         report["bare"][str(threads)] = in_child(bare, model, chosen.num_steps, sizes, threads, chosen.seconds / 4)
 
+    pause_s = report["bare"][str(cores)]["p50_ms"] / 1000
     with server(folder, "no_op", ["pipelines.benchmarks.no_op", "PORT"]) as no_op:
         closed_loop(no_op.url, body, 1, 1)
         report["no_op"] = {
             "alone": closed_loop(no_op.url, body, 1, chosen.seconds / 4).summary(),
+            "alone_with_pauses": closed_loop(no_op.url, body, 1, chosen.seconds / 4, pause_s=pause_s).summary(),
             "saturated": closed_loop(no_op.url, body, CLIENTS, chosen.seconds / 4).summary(),
         }
-    print(f"no-op deployment: p50 {report['no_op']['alone']['p50_ms']:.2f} ms", flush=True)
+    told = [report["no_op"][name]["p50_ms"] for name in ("alone", "alone_with_pauses")]
+    print(f"no-op deployment: p50 {told[0]:.2f} ms, with the sampler's time between two {told[1]:.2f} ms", flush=True)
 
     options = ["--num-steps", str(chosen.num_steps), "--max-batch-size", str(chosen.max_batch_size)]
     options += ["--max-queued-requests", str(chosen.max_queued_requests)]
