@@ -60,12 +60,13 @@ def share_prepared(config: RunConfig, own: RunConfig) -> None:
     write_file(recorded, inputs)
 
 
-def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[str, Any]:
+def compare(config: RunConfig, contestants: Mapping[str, Contestant], arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Train what is missing, measure all, and leave report, table and pictures in `runs/<name>/compare` and MLflow.
 
     Args:
         config: The run compared.
         contestants: By name.
+        arguments: Of the command, for the report.
 
     Returns:
         The report, as it is written to `report.json`.
@@ -100,7 +101,7 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant]) -> dict[st
         entries[name] = entry(
             contestants[name], own, result.model, result.quality, speeds[name], flops, took.get("seconds")
         )
-    report = report_of(config, len(rows), vocab, torch.device(device), entries)
+    report = report_of(config, rows, prepared.tokenizer, torch.device(device), entries, arguments)
     publish(report, config, folder / "compare")
     return report
 
@@ -186,5 +187,5 @@ def main(args: Sequence[str]) -> int:
     check_tracking(config)
     for name in names:  # a setting that does not fit is found before anything is trained
         entered(name, known[name], config, 1_000_000)
-    compare(config, {name: known[name] for name in names})
+    compare(config, {name: known[name] for name in names}, args)
     return 0

@@ -17,12 +17,13 @@ import yan_core
 from pipelines.batches import TrainingData
 from pipelines.benchmarks.machine import describe
 from pipelines.compute import step_flops
-from pipelines.evaluation import Quality
+from pipelines.evaluation import Quality, best_constant
 from pipelines.speed import measure_speed
 from pipelines.state import STAGES
 from yan_core.config import BaselineConfig, RunConfig, SamplingConfig, from_dict, to_dict
 from yan_core.files import code_commit
 from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -223,17 +224,24 @@ def entry(
 
 
 def report_of(
-    config: RunConfig, rows: int, vocab_size: int, device: torch.device, contestants: Mapping[str, dict[str, Any]]
+    config: RunConfig,
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    device: torch.device,
+    contestants: Mapping[str, dict[str, Any]],
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The report, ready for JSON.
 
     Args:
         config: The run compared.
         rows: Validation rows.
-        vocab_size: Of the tokenizer that all share.
+        tokenizer: What all share.
         device: Where the models were measured.
         contestants: By name, their `entry`.
+        arguments: Of the command.
     """
+    metric = next(iter(contestants.values()))["quality"][0]["metric"]
     report = {
         "name": config.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -241,8 +249,11 @@ def report_of(
         "machine": describe(device),
         "data": config.data.dataset,
         "task": config.data.task,
-        "rows": rows,
-        "vocab_size": vocab_size,
+        "rows": len(rows),
+        "constant": best_constant(metric, rows, tokenizer.normalize),
+        "vocab_size": tokenizer.vocab_size,
+        "arguments": list(arguments),
+        "config": to_dict(config),
         "contestants": contestants,
     }
     return json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,28 @@ def score_answers(
         found |= {f"{metric}_whole_text": score(metric, texts, right) for metric in whole}
     before = [source.split(MASK)[0] for source in sources]
     return found | {name: measure(before, list(answers), references) for name, measure in (extras or {}).items()}
+
+
+def best_constant(
+    metric: str, rows: Sequence[Mapping[str, Any]], normalize: Callable[[str], str] = lambda text: text
+) -> dict[str, Any]:
+    """The best of the 50 commonest right answers, given to every row: what a model that reads nothing could reach.
+
+    It is chosen knowing the rows, so that what does not beat it has learnt nothing from the sources.
+
+    Args:
+        metric: How answers are scored.
+        rows: Each with its right `answers`.
+        normalize: See `score_answers`.
+
+    Returns:
+        `answer`, `metric` and `value`.
+    """
+    common = Counter(normalize(row["answers"][0]) for row in rows).most_common(50)
+    references = [[normalize(a) for a in row["answers"]] for row in rows]
+    values = {answer: score(metric, [answer] * len(rows), references).value for answer, _ in common}
+    best = max(values, key=lambda answer: values[answer])
+    return {"answer": best, "metric": metric, "value": values[best]}
 
 
 def _load_extras(extras: Extras, device: str) -> dict[str, Measure]:

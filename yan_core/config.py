@@ -237,7 +237,7 @@ class BaselineConfig:
     def of_size(num_parameters: int, family: Family = "ar", least_blocks: int = 1, **settings: Any) -> BaselineConfig:
         """The shape within 5 % of so many parameters whose width is nearest to 64 times its depth, as in GPT-2 small.
 
-        Heads are 64 wide; where the model is tiny the width is a multiple of 8 and heads are at least 64 wide or one.
+        Heads are 64 wide; below five million the width is a multiple of 8 and heads are at least 64 wide or one.
 
         Args:
             num_parameters: See `num_parameters`.
@@ -245,7 +245,7 @@ class BaselineConfig:
             least_blocks: Depth that even a tiny model has.
             settings: Other fields.
         """
-        step = 64 if num_parameters >= 1e6 else 8
+        step = 64 if num_parameters >= 5e6 else 8  # between steps of 64 a small model would be deep and narrow
 
         def nearest(blocks: int) -> BaselineConfig:
             one = BaselineConfig(family=family, d_model=8, num_blocks=blocks, num_heads=1).num_parameters / 64

@@ -281,7 +281,7 @@ def publish(config: RunConfig, packed: Packed, output: Path, device: torch.devic
     """Write the report of the contestants that are done."""
     found = results(config, packed, output)
     entries = {name: result["entry"] for name, result in found.items()}
-    report = report_of(config, len(packed.about["validation"]), packed.tokenizer.vocab_size, device, entries)
+    report = report_of(config, packed.about["validation"], packed.tokenizer, device, entries)
     devices = dict.fromkeys(result["machine"]["device"] for result in found.values())
     report["machine"]["device"] = " and ".join(devices)
     write_file(output / "report.json", json.dumps(report, indent=1) + "\n")

@@ -122,7 +122,7 @@ def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
     assert yan["speed"]["3"]["nfe"] == 3 and 1 <= ar["speed"]["1"]["nfe"] <= 14
     folder = tmp_path.joinpath(config.runs_dir, "tiny", "compare")
     assert {p.name for p in folder.iterdir()} == {
-        "report.json", "report.md", "quality_by_latency.png", "quality_by_steps.png"
+        "report.json", "report.md", "quality_by_latency.png", "quality_by_steps.png", "quality_by_size.png"
     }  # fmt: skip
     assert not (tmp_path / config.runs_dir / "tiny-yan").exists()  # it is the run compared itself
     assert json.loads((folder / "report.json").read_text()) == report

@@ -17,7 +17,7 @@ import yan_core
 from pipelines.cli import main, parse_config
 from pipelines.documents import KeepOut
 from pipelines.encode import text_row
-from pipelines.evaluation import _speed, score_answers
+from pipelines.evaluation import _speed, best_constant, score_answers
 from pipelines.sources import open_source
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
@@ -188,3 +188,10 @@ def test_evaluate_tells_intervals_lengths_and_counts(tmp_path, capsys):
     assert main(["evaluate", *args, "--diversity", "1"]) == 2
     assert main(["evaluate", *args, "--bertscore-model", str(tmp_path)]) == 1
     assert "no model at" in capsys.readouterr().err
+
+
+def test_a_constant_is_told_that_nothing_which_reads_its_source_should_fall_below():
+    rows = [{"source": str(i), "answers": [answer]} for i, answer in enumerate(["Red", "red", "blue", "green"])]
+    assert best_constant("exact_match", rows, str.lower) == {"answer": "red", "metric": "exact_match", "value": 0.5}
+    rows = [{"source": str(i), "answers": [answer]} for i, answer in enumerate(["to me", "to you", "you", "a b"])]
+    assert best_constant("token_f1", rows)["answer"] == "to you"  # not the commonest: none is commoner than another

@@ -49,6 +49,13 @@ def test_a_shape_matches_its_size_in_gpt_2s_proportions(size: float) -> None:
     assert shape.d_model == 64 * shape.num_heads
 
 
+@pytest.mark.parametrize("size", range(1_000_000, 5_000_000, 97_001))
+def test_a_small_shape_is_not_deep_and_narrow(size: int) -> None:
+    shape = BaselineConfig.of_size(size, least_blocks=4)
+    assert abs(shape.num_parameters / size - 1) < 0.05
+    assert 32 <= shape.d_model / shape.num_blocks <= 128
+
+
 @pytest.mark.parametrize("family", ["ar", "encoder_decoder", "masked_diffusion"])
 def test_there_is_a_shape_of_every_size(family) -> None:
     for size in range(20_000, 1_500_000, 7_001):

@@ -1,5 +1,6 @@
 """Task templates: a row becomes (source, target), or a message names the field at fault."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_tasks_are_named_as_in_the_table_and_scored_by_metrics_there_are() -> No
     for name, task in TASKS.items():
         assert task.name == name and set(task.metrics) <= set(METRICS)
         assert f"| `{name}` |" in table and ", ".join(f"`{metric}`" for metric in task.metrics) in table
+
+
+def test_examples_of_the_page_are_what_the_templates_make() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "TASKS.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in page.split("```json\n")[1].split("```")[0].splitlines()]
+    assert [row["task"] for row in rows] == list(TASKS)
+    for row in rows:
+        assert list(TASKS[row.pop("task")].pair(row)) == row["->"]
 
 
 @pytest.mark.parametrize("field", ["context", "question", "answer"])
