@@ -15,7 +15,7 @@ from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
 from pipelines.prepare import prepare
-from pipelines.results import differences
+from pipelines.results import differences, headline, main_quality, pictures
 from pipelines.results import main as write_page
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
@@ -140,8 +140,10 @@ def test_a_comparison_end_to_end_and_again(config, tmp_path, capsys):
     )
 
 
-def changed(label: str, family: str, rows: dict[int, list[float]], **metrics: float) -> dict[str, Any]:
-    """A contestant of a report, as far as tables of differences read it: its rows' scores by number of steps."""
+def changed(
+    label: str, family: str, rows: dict[int, list[float]], settings: dict[str, Any] | None = None, **metrics: float
+) -> dict[str, Any]:
+    """A contestant of a report, as far as differences and pictures read it: its rows' scores by number of steps."""
     quality = [
         {
             "num_steps": steps,
@@ -152,12 +154,14 @@ def changed(label: str, family: str, rows: dict[int, list[float]], **metrics: fl
         }
         for steps, of in rows.items()
     ]
-    return {"label": label, "family": family, "quality": quality}
+    speed = {str(steps): {"latency_ms_p50": 5.0 + steps, "nfe": steps} for steps in rows}
+    found = {"label": label, "family": family, "quality": quality, "speed": speed, "settings": settings or {}}
+    return {**found, "parameters_without_embeddings": 1_000_000}
 
 
 def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
     good, poor = [1.0] * 80 + [0.0] * 20, [1.0] * 60 + [0.0] * 40
-    contestants = {
+    contestants: dict[str, Any] = {
         "yan": changed("YAN", "yan", {1: poor, 3: good, 8: good}, distinct_answers=0.5),
         "k1": changed("K = 1", "yan", {1: poor, 3: poor, 8: [1.0] * 100}),
         "ar": changed("GPT-2", "ar", {1: good}),
@@ -168,3 +172,37 @@ def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
     found = re.fullmatch(r"\| K = 1 \| -20.0 \[-2(\d\.\d), -1(\d\.\d)\] \| 8 \|  \|", lines[5])
     assert found and len(lines) == 6
     assert differences({"contestants": {name: contestants[name] for name in ("yan", "ar")}}) == ""
+
+
+def test_the_number_of_experts_has_a_picture_where_it_varies_with_a_line_for_each_training():
+    rows = {3: [1.0, 0.0]}
+    ours = {f"k{k}": changed(f"K = {k}", "yan", rows, {"model": {"num_experts": k}}) for k in (1, 4)}
+    flow = {"flow_loss": {"likelihood": "marginal"}}
+    paper = {f"p{k}": changed("p", "yan", rows, {"model": {"num_experts": k}, **flow}) for k in (1, 2, 8)}
+    report = {"name": "world", "contestants": {"yan": changed("YAN", "yan", rows), **ours, **paper}}
+    (axes,) = pictures(report)["quality_by_experts.png"].axes
+    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {
+        "our training": [1, 4],
+        "the paper's training": [1, 2, 8],
+    }
+    report["contestants"] = {name: report["contestants"][name] for name in ("yan", "k1")}
+    assert list(pictures(report)) == ["quality_by_latency.png", "quality_by_steps.png", "quality_by_size.png"]
+
+
+def test_a_lead_over_baselines_that_learnt_nothing_is_told_as_such():
+    contestants = {
+        "yan": changed("YAN", "yan", {3: [1.0] * 9}),
+        "ar": changed("GPT-2", "ar", {1: [1.0] * 4 + [0.0] * 5}),
+    }
+    report = {"contestants": contestants, "constant": {"answer": "the", "metric": "exact_match", "value": 0.5}}
+    assert headline(report).startswith("No baseline is better than to answer “the” always (50.0): this says nothing")
+    assert "YAN at 3 steps is 55.6 points above the best baseline, GPT-2" in headline(report)
+    report["constant"]["value"] = 0.2
+    assert headline(report).startswith("YAN at 3 steps is 55.6 points above")
+    contestants["plain"] = changed("one expert", "yan", {3: [1.0] * 9})
+    assert "0.0 points above the best baseline, one expert" in headline(report)
+
+
+def test_masked_diffusion_stands_at_the_fewest_steps_that_are_as_good():
+    rows = {1: [1.0] * 50 + [0.0] * 50, 2: [1.0] * 80 + [0.0] * 20, 4: [1.0] * 81 + [0.0] * 19}
+    assert main_quality(changed("LLaDA", "masked_diffusion", rows))["num_steps"] == 2
