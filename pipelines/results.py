@@ -221,8 +221,8 @@ def differences(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(reports: Sequence[Report]) -> str:
-    """All reports as one page."""
+def page(reports: Sequence[Report], verdict: str = "") -> str:
+    """All reports as one page, after what they come to, which a person has written."""
     parts = [
         "# Results\n",
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md` from "
@@ -235,7 +235,8 @@ def page(reports: Sequence[Report]) -> str:
         "reach if it were told, which gives an answer away where answers differ in length. Intervals are over "
         "validation rows; each model was trained once, with one seed and the settings of the run compared. *Always* "
         "is the best single answer to all rows, chosen knowing them: what is not above it has learnt nothing from the "
-        "sources. What stands below a table was written by hand, in `docs/results/*.md`.\n",
+        "sources. The verdict and what stands below a table were written by hand, in `docs/results/*.md`.\n",
+        verdict,
     ]
     for report in reports:
         parts += [markdown(report), headline(report), differences(report), report.get("notes", "")]
@@ -298,7 +299,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", type=Path, help="Markdown file with marks, between which a short table goes")
     chosen = parser.parse_args(args)
     reports = [read_report(file) for file in sorted(chosen.reports)]
-    write_file(chosen.page, page(reports))
+    verdict = chosen.reports[0].parent / "verdict.md"
+    write_file(chosen.page, page(reports, verdict.read_text(encoding="utf-8") if verdict.is_file() else ""))
     if chosen.short:
         write_file(chosen.short, with_short(chosen.short.read_text(encoding="utf-8"), reports))
     return 0
