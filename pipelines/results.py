@@ -36,6 +36,11 @@ def main_quality(contestant: Mapping[str, Any]) -> Mapping[str, Any]:
     return fewest(quality)
 
 
+def is_of_changes(report: Report) -> bool:
+    """Whether changes to YAN alone were compared."""
+    return all(of["family"] == "yan" for of in report["contestants"].values())
+
+
 def fewest(quality: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The figures at the fewest steps that are within a point of the best at any number of them."""
     best = max(q["value"] for q in quality)
@@ -54,9 +59,8 @@ def _share(value: float, quality: Mapping[str, Any]) -> str:
     return f"{100 * value:.1f}{interval}"
 
 
-def markdown(report: Report) -> str:
-    """One report as a table, a line for each contestant and number of steps."""
-    metric = next(iter(report["contestants"].values()))["quality"][0]["metric"]
+def heading(report: Report) -> str:
+    """What was compared, when and where, by which command."""
     machine = report["machine"]
     where = f"{machine['processor']} ({machine['cores']} cores), float32"
     if machine["device"] != "cpu":
@@ -70,6 +74,15 @@ def markdown(report: Report) -> str:
         f"{report['commit'][:12]}{'-dirty' * report['commit'].endswith('-dirty')}, {where}.",
         "",
         *([f"`yan compare {' '.join(report['arguments'])}`", ""] if report.get("arguments") else []),
+    ]
+    return "\n".join(lines)
+
+
+def markdown(report: Report) -> str:
+    """One report as a table, a line for each contestant and number of steps."""
+    metric = next(iter(report["contestants"].values()))["quality"][0]["metric"]
+    lines = [
+        heading(report),
         f"| model | steps | {metric.replace('_', ' ')} [95 %] | told length | others | passes | ms, alone "
         "| ms per 1,000 tokens, 64 together | parameters | TFLOPs of training | training |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -202,13 +215,15 @@ def differences(report: Report) -> str:
         return ""
     ours = main_quality(contestants["yan"])
     metric = ours["metric"].replace("_", " ")
-    whole = f"{metric} {100 * ours['value']:.1f}"
+    counts = [q["num_steps"] for q in contestants["yan"]["quality"]]
     lines = [
-        f"What a change to the recipe is worth in {metric} at {ours['num_steps']} steps, and how many steps each takes "
-        "to come within a point of the best that it reaches at any number of them:",
+        f"What a change to the recipe is worth in {metric} at {ours['num_steps']} steps, in points; the fewest steps "
+        "that come within a point of the best at any number of them; and the share of the answers drawn to one source "
+        "that are different:",
         "",
-        "| change | points [95 % over rows] | steps | told apart of the answers drawn |",
-        "|---|---:|---:|---:|",
+        f"| change | points [95 % over rows] | {' | '.join(f'at {n}' for n in counts)} | fewest steps | different "
+        "| parameters |",
+        f"|---|---:|{'---:|' * len(counts)}---:|---:|---:|",
     ]
     for of in (contestants["yan"], *changed):
         quality = main_quality(of)
@@ -216,8 +231,11 @@ def differences(report: Report) -> str:
         distinct = quality["metrics"].get("distinct_answers")
         apart = paired_difference(quality["rows"], ours["rows"])
         points = f"{100 * apart.value:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
-        first = f"none | {whole}" if of is contestants["yan"] else f"{of['label']} | {points}"
-        lines.append(f"| {first} | {steps} | {'' if distinct is None else f'{100 * distinct:.0f} %'} |")
+        first = "none |" if of is contestants["yan"] else f"{of['label']} | {points}"
+        values = " | ".join(f"{100 * q['value']:.1f}" for q in of["quality"])
+        told = "" if distinct is None else f"{100 * distinct:.0f} %"
+        size = f"{of['parameters_without_embeddings'] / 1e6:.2f}M"
+        lines.append(f"| {first} | {values} | {steps} | {told} | {size} |")
     return "\n".join(lines) + "\n"
 
 
@@ -239,7 +257,8 @@ def page(reports: Sequence[Report], verdict: str = "") -> str:
         verdict,
     ]
     for report in reports:
-        parts += [markdown(report), headline(report), differences(report), report.get("notes", "")]
+        table = heading(report) if is_of_changes(report) else markdown(report)
+        parts += [table, headline(report), differences(report), report.get("notes", "")]
     return "\n".join(part for part in parts if part)
 
 
@@ -247,8 +266,8 @@ def short(reports: Sequence[Report]) -> str:
     """A line for each task and contestant of the usual compute, with the figures that stand for it."""
     lines = ["| task | model | passes | quality [95 %] | ms, alone |", "|---|---|---:|---:|---:|"]
     for report in reports:
-        if all(of["family"] == "yan" for of in report["contestants"].values()):
-            continue  # of changes to YAN alone
+        if is_of_changes(report):
+            continue
         best: dict[str, Mapping[str, Any]] = {}
         for name, of in report["contestants"].items():
             family = of["family"]
@@ -288,6 +307,7 @@ def read_report(file: Path) -> dict[str, Any]:
     """A report, with the notes that lie beside it as `<name>.md`."""
     report = json.loads(file.read_text(encoding="utf-8"))
     notes = file.with_suffix(".md")
+    report["name"] = file.stem  # two reports may be of one run
     return report | ({"notes": notes.read_text(encoding="utf-8")} if notes.is_file() else {})
 
 

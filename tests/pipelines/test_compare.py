@@ -168,8 +168,10 @@ def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
     }
     lines = differences({"contestants": contestants}).splitlines()
     assert "exact match at 3 steps" in lines[0]
-    assert lines[4] == "| none | exact match 80.0 | 3 | 50 % |"
-    found = re.fullmatch(r"\| K = 1 \| -20.0 \[-2(\d\.\d), -1(\d\.\d)\] \| 8 \|  \|", lines[5])
+    assert lines[4] == "| none | | 60.0 | 80.0 | 80.0 | 3 | 50 % | 1.00M |"
+    found = re.fullmatch(
+        r"\| K = 1 \| -20.0 \[-2\d\.\d, -1\d\.\d\] \| 60.0 \| 60.0 \| 100.0 \| 8 \|  \| 1.00M \|", lines[5]
+    )
     assert found and len(lines) == 6
     assert differences({"contestants": {name: contestants[name] for name in ("yan", "ar")}}) == ""
 
