@@ -13,6 +13,7 @@ from typing import Any
 
 import ray.train
 from pyarrow import fs
+from safetensors import SafetensorError
 
 from pipelines.order import Position
 from yan_core.checkpoint import CheckpointError
@@ -59,7 +60,7 @@ class Checkpoints:
         """
         try:
             return self._write(name, position, fill)
-        except Exception as error:  # safetensors has an error of its own for it
+        except (OSError, SafetensorError) as error:
             if "No space left on device" not in str(error):
                 raise
             where = self.root if self.is_local else f"{self.root} or {tempfile.gettempdir()}"

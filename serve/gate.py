@@ -54,8 +54,7 @@ class Gate:
             rate: Requests a minute.
             metrics: Where requests are counted.
             log: From `access_log`.
-            full: Gives what a request is told that no model has room for, whatever it asks; its body is not read then,
-                which makes a refusal a third as dear as an answer's HTTP.
+            full: Gives what a request is told that no model has room for, whatever it asks: its body is not read then.
             gives_id: Whether the answer gets its X-Request-ID here: Serve adds one by itself, and two are too many.
         """
         self.app, self.keys, self.rate, self.metrics, self.log = app, keys, rate, metrics, log
