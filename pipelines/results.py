@@ -169,11 +169,11 @@ def _by_experts(report: Report) -> dict[str, dict[int, float]]:
     """Quality by number of experts: of contestants that differ in nothing else, by what else they have in common."""
     found: dict[str, dict[int, float]] = {}
     for of in report["contestants"].values():
-        model = dict(of["settings"].get("model", {}))
-        count = model.pop("num_experts", None)
+        count = of["settings"].get("model", {}).get("num_experts")
         if of["family"] == "yan" and count is not None:
-            paper = "the paper's training" if of["settings"].get("flow_loss") else "our training"
-            found.setdefault(paper, {})[count] = main_quality(of)["value"]
+            others = of["settings"].keys() - {"model"}
+            line = of["label"].partition(", ")[2] if others else "our training"  # of "K = 2, the paper's training"
+            found.setdefault(line, {})[count] = main_quality(of)["value"]
     return found
 
 

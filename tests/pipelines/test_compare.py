@@ -180,12 +180,14 @@ def test_the_number_of_experts_has_a_picture_where_it_varies_with_a_line_for_eac
     rows = {3: [1.0, 0.0]}
     ours = {f"k{k}": changed(f"K = {k}", "yan", rows, {"model": {"num_experts": k}}) for k in (1, 4)}
     flow = {"flow_loss": {"likelihood": "marginal"}}
-    paper = {f"p{k}": changed("p", "yan", rows, {"model": {"num_experts": k}, **flow}) for k in (1, 2, 8)}
+    paper = {
+        f"p{k}": changed(f"K = {k}, the paper's", "yan", rows, {"model": {"num_experts": k}, **flow}) for k in (1, 2, 8)
+    }
     report = {"name": "world", "contestants": {"yan": changed("YAN", "yan", rows), **ours, **paper}}
     (axes,) = pictures(report)["quality_by_experts.png"].axes
     assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {
         "our training": [1, 4],
-        "the paper's training": [1, 2, 8],
+        "the paper's": [1, 2, 8],
     }
     report["contestants"] = {name: report["contestants"][name] for name in ("yan", "k1")}
     assert list(pictures(report)) == ["quality_by_latency.png", "quality_by_steps.png", "quality_by_size.png"]
