@@ -115,11 +115,6 @@ class Batcher:
             return 1
         return max(1, min(self.max_batch_size, self.max_batch_tokens // kind.tokens))
 
-    @property
-    def full(self) -> bool:
-        """Whether no job has room."""
-        return len(self._waiting) >= max(1, self.max_queued)
-
     def _queue_is_full(self, wait_s: float) -> Overloaded:
         return Overloaded(
             f"the queue is full: {len(self._waiting)} of at most {self.max_queued} requests wait; come again later",
@@ -129,7 +124,8 @@ class Batcher:
 
     def refusal(self) -> Overloaded | None:
         """What a job would be told now that has no room; None: there is some."""
-        return self._queue_is_full(self.expected_wait_s) if self.full else None
+        full = len(self._waiting) >= max(1, self.max_queued)
+        return self._queue_is_full(self.expected_wait_s) if full else None
 
     def submit(self, jobs: Sequence[Job], timeout_s: float) -> Ticket:
         """Put jobs of one request into the queue, all of them or none.
