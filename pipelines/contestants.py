@@ -110,7 +110,7 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
         steps = [1] if contestant.family != "masked_diffusion" else sorted({1, 2, 3, 4, 8, most} & {*range(most + 1)})
         whole = {"trains": ["flow"]}
         stages = {"autoencoder": {"max_steps": 0}, "flow": whole, "finetune": whole}
-        how = {"num_steps": steps, "sampling": to_dict(SamplingConfig()), "diversity": 0}
+        how = {"num_steps": steps, "sampling": to_dict(SamplingConfig())}
         changes = merged(changes, {"stages": stages, "evaluation": how})
     return from_dict(RunConfig, merged(to_dict(config), changes))
 

@@ -18,12 +18,12 @@ import torch
 
 import yan_core
 from pipelines.speed import Speed, measure_speed
+from yan_core.baselines import Baseline
 from yan_core.bootstrap import Scores, bootstrap
 from yan_core.config import EvaluationConfig
 from yan_core.diversity import diversity
 from yan_core.files import code_commit
 from yan_core.metrics import is_valid_label, score
-from yan_core.model import YanModel
 from yan_core.tasks import Task, get_task
 from yan_core.tokenization import MASK
 
@@ -90,6 +90,7 @@ def generate_rows(
     seeds: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     max_tokens: int | None = None,
+    do_sample: bool = False,
 ) -> list[yan_core.Generation]:
     """Answer every row, those of like length in a batch; the seeds keep each answer the same in any order.
 
@@ -101,6 +102,7 @@ def generate_rows(
         seeds: Of each row; None: its place in `rows`.
         lengths: Each answer's number of tokens, where the model is to be told; None: it finds its own.
         max_tokens: Longest answer; None: what the model was trained for.
+        do_sample: Whether a baseline draws its tokens, by the seeds; YAN draws in any case.
     """
     seeds = range(len(rows)) if seeds is None else seeds
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["source"]))
@@ -113,6 +115,7 @@ def generate_rows(
             max_tokens,
             seeds=[seeds[i] for i in places],
             lengths=[lengths[i] for i in places] if lengths is not None else None,
+            do_sample=do_sample,
             **vars(config.sampling),
         )
         found.update(zip(places, done, strict=True))
@@ -229,17 +232,13 @@ def evaluate_model(
         task: Names the metrics; None: the model's own task.
 
     Raises:
-        ValueError: If there is no row, no model in a folder that `extras` names, or diversity is asked of a baseline.
+        ValueError: If there is no row, or no model in a folder that `extras` names.
     """
     if not rows:
         raise ValueError("nothing to evaluate: no row is left after the filter")
     extras = extras or Extras()
     others = _load_extras(extras, device)
     generator = yan_core.load(folder, device)
-    if config.diversity and not isinstance(generator.model, YanModel):
-        raise ValueError(
-            f"evaluation.diversity must be 0 for {folder}, a baseline that gives one answer whatever the seed"
-        )
     task, normalize = task or get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []
     encoded = generator.tokenizer.encode_batch([r["answers"][0] for r in rows])
@@ -251,11 +250,16 @@ def evaluate_model(
         scores = score_answers(task, rows, answers, normalize, others)
         of_told = score_answers(task, rows, told, normalize, others)
         if config.diversity:
-            drawn = [answers]
-            for candidate in range(1, config.diversity):
+            greedy = isinstance(generator.model, Baseline)
+            drawn = [] if greedy else [answers]
+            for candidate in range(len(drawn), config.diversity):
                 seeds = range(candidate * len(rows), (candidate + 1) * len(rows))
-                drawn.append(answer_rows(generator, rows, steps, config, seeds))
+                found = generate_rows(generator, rows, steps, config, seeds, do_sample=True)
+                drawn.append([answer.text for answer in found])
             scores |= diversity(list(zip(*drawn, strict=True)))
+            if greedy:
+                of_drawn = score_answers(task, rows, drawn[0], normalize)[task.metric]
+                scores[f"{task.metric}_drawn"] = of_drawn
         by_kind = {}
         for kind in sorted({r["kind"] for r in rows if r.get("kind")}):
             by_kind[kind] = scores[task.metric].of_rows([i for i, r in enumerate(rows) if r["kind"] == kind]).value

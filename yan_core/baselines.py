@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from yan_core.batching import EOS, PAD, Batch
 from yan_core.config import BaselineConfig
+from yan_core.noise import Stream, fold, gumbel
 
 if TYPE_CHECKING:
     from transformers import StaticCache
@@ -44,9 +45,15 @@ class Baseline(nn.Module, ABC):
 
     @abstractmethod
     def answer(
-        self, source_ids: Tensor, source_mask: Tensor, length: int, num_steps: int, lengths: Tensor | None = None
+        self,
+        source_ids: Tensor,
+        source_mask: Tensor,
+        length: int,
+        num_steps: int,
+        lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Greedy target ids [batch, length] and the passes they took; a text ends at its first end-of-text token.
+        """Target ids [batch, length] and the passes they took; a text ends at its first end-of-text token.
 
         Args:
             source_ids: int64, [batch, source_length].
@@ -54,6 +61,7 @@ class Baseline(nn.Module, ABC):
             length: Most tokens of an answer.
             num_steps: Passes of a model that may choose them; the others take one a token.
             lengths: Each answer's number of tokens, where it is told, int64, [batch].
+            keys: Of each row, to draw each token from its distribution, int64, [batch]; None: greedy, the likeliest.
         """
 
     def num_parameters(self, embeddings: bool = True) -> int:
@@ -94,13 +102,22 @@ def _attend_plainly(model: Any, plainly: bool) -> None:
         model.set_attn_implementation(wanted)
 
 
-def allowed(logits: Tensor, place: int, lengths: Tensor | None) -> Tensor:
-    """Logits [batch, vocab] of the token at a place, with the end of text where the told lengths [batch] have it."""
-    if lengths is None:
-        return logits
-    over = (place >= lengths)[:, None]
-    is_end = torch.arange(logits.shape[-1], device=logits.device) == EOS
-    return logits.masked_fill(is_end != over, -torch.inf)
+def next_token(logits: Tensor, place: int, lengths: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    """The token at a place, likeliest or drawn, int64, [batch, 1].
+
+    Args:
+        logits: [batch, vocab].
+        place: Of the token in its text.
+        lengths: Each text's number of tokens, where it is told, [batch]: the end of text is there and nowhere else.
+        keys: See `Baseline.answer`, [batch].
+    """
+    if lengths is not None:
+        over = (place >= lengths)[:, None]
+        is_end = torch.arange(logits.shape[-1], device=logits.device) == EOS
+        logits = logits.masked_fill(is_end != over, -torch.inf)
+    if keys is not None:
+        logits = logits.float() + gumbel(fold(keys, place), Stream.TOKEN, (logits.shape[-1],))
+    return logits.argmax(-1, keepdim=True)
 
 
 class ARDecoder(Baseline):
@@ -178,10 +195,16 @@ class ARDecoder(Baseline):
 
     @torch.no_grad()
     def answer(
-        self, source_ids: Tensor, source_mask: Tensor, length: int, num_steps: int, lengths: Tensor | None = None
+        self,
+        source_ids: Tensor,
+        source_mask: Tensor,
+        length: int,
+        num_steps: int,
+        lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """See `Baseline.answer`, [batch, length]; it stops when all texts of the batch have ended."""
-        ids = self.generate(source_ids, source_mask, length, lengths, to_the_end=False)
+        ids = self.generate(source_ids, source_mask, length, lengths, to_the_end=False, keys=keys)
         return F.pad(ids, (0, length - ids.shape[1]), value=EOS), ids.shape[1]
 
     @torch.no_grad()
@@ -192,8 +215,9 @@ class ARDecoder(Baseline):
         length: int,
         lengths: Tensor | None = None,
         to_the_end: bool = True,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Greedy target ids with a cache of keys and values: [batch, length].
+        """Target ids with a cache of keys and values: [batch, length].
 
         Args:
             source_ids: int64, [batch, source_length].
@@ -201,6 +225,7 @@ class ARDecoder(Baseline):
             length: Tokens to generate; the text ends at the first end-of-text token.
             lengths: Each text's own number of tokens, where it is told, int64, [batch].
             to_the_end: Whether to go on when all texts have ended; else there may be fewer tokens.
+            keys: See `Baseline.answer`, [batch].
         """
         _attend_plainly(self.gpt2, False)
         cache = _transformers().DynamicCache(config=self.gpt2.config)
@@ -208,7 +233,7 @@ class ARDecoder(Baseline):
         out: list[Tensor] = []
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for place in range(length):
-            ids = self.advance(ids, cache, mask, positions, place, lengths)
+            ids = self.advance(ids, cache, mask, positions, place, lengths, keys)
             out.append(ids)
             ended |= ids == EOS
             if not to_the_end and bool(ended.all()):
@@ -226,21 +251,23 @@ class ARDecoder(Baseline):
         positions: Tensor | None = None,
         place: int = 0,
         lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """Read ids [batch, new] after what the cache holds, and give the likeliest next one: [batch, 1].
+        """Read ids [batch, new] after what the cache holds, and give the next one: [batch, 1].
 
         Args:
             ids: int64, [batch, new].
             cache: Of `transformers`; it is added to.
             mask: True for real tokens among the cached and new ones, [batch, cached + new]; None: all are.
             positions: Positions of the new ids, [batch, new]; None: they follow the cached ones.
-            place: Of the next token in its text; it matters where lengths are told.
+            place: Of the next token in its text; it matters where lengths are told or tokens drawn.
             lengths: Each text's number of tokens, where it is told, [batch].
+            keys: See `Baseline.answer`, [batch].
         """
         out = self.gpt2(
             ids, past_key_values=cache, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
         )
-        return allowed(out.logits[:, -1], place, lengths).argmax(-1, keepdim=True)
+        return next_token(out.logits[:, -1], place, lengths, keys)
 
     def static_cache(self, batch: int, positions: int) -> StaticCache:
         """An allocated cache of fixed size, whose steps can be compiled and captured."""
@@ -302,7 +329,13 @@ class EncoderDecoder(Baseline):
 
     @torch.no_grad()
     def answer(
-        self, source_ids: Tensor, source_mask: Tensor, length: int, num_steps: int, lengths: Tensor | None = None
+        self,
+        source_ids: Tensor,
+        source_mask: Tensor,
+        length: int,
+        num_steps: int,
+        lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """See `Baseline.answer`, [batch, length]; it stops when all texts of the batch have ended."""
         _attend_plainly(self.bart, False)
@@ -322,7 +355,7 @@ class EncoderDecoder(Baseline):
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-            ids = allowed(logits, len(out), lengths).argmax(-1, keepdim=True)
+            ids = next_token(logits, len(out), lengths, keys)
             out.append(ids)
             ended |= ids == EOS
         return F.pad(torch.cat(out, 1), (0, length - len(out)), value=EOS), len(out)

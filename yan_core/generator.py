@@ -130,6 +130,7 @@ class TextGenerator:
         ranking: Ranking = "bayes_risk",
         lengths: Sequence[int] | None = None,
         deterministic: bool = False,
+        do_sample: bool = False,
     ) -> list[Generation]:
         """Answer a batch of sources at once.
 
@@ -146,6 +147,8 @@ class TextGenerator:
             lengths: Each answer's number of tokens, where it is known.
             deterministic: Draw the noise on the CPU and compute every source by itself, in a shape that its own length
                 decides, so that rounding too is the same in any company. Slower, as nothing is shared.
+            do_sample: Have a baseline draw each token from its distribution, by the seed, in place of the likeliest;
+                YAN draws in any case.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -165,6 +168,7 @@ class TextGenerator:
             ranking=ranking,
             lengths=lengths,
             deterministic=deterministic,
+            do_sample=do_sample,
         )
         best = [answer.candidates[0] for answer in drawn]
         texts = [self.tokenizer.decode(candidate.tokens) for candidate in best]
@@ -200,6 +204,7 @@ class TextGenerator:
         ranking: Ranking = "bayes_risk",
         lengths: Sequence[int] | None = None,
         deterministic: bool = False,
+        do_sample: bool = False,
         with_log_probs: bool = False,
         on_step: OnDrawStep | None = None,
     ) -> list[Drawn]:
@@ -234,7 +239,8 @@ class TextGenerator:
             "with_log_probs": with_log_probs,
         }
         if isinstance(self.model, Baseline):
-            self._check_greedy(places, how, on_step)
+            self._check_of_baseline(places, how, on_step)
+        greedy = isinstance(self.model, Baseline) and not do_sample
         eager = deterministic or lengths is not None or on_step is not None or isinstance(self.model, Baseline)
         graphs = None if eager else self.graphs
         drawn: list[Drawn] = []
@@ -251,7 +257,12 @@ class TextGenerator:
                 told = None if lengths is None else torch.tensor([lengths[i] for i in chosen])
                 inputs = ids.to(self.device), mask.to(self.device)
                 found, passes = self._write(
-                    *inputs, places, keys.to(device), told, how, self._reader(chosen, places, on_step)
+                    *inputs,
+                    places,
+                    None if greedy else keys.to(device),
+                    told,
+                    how,
+                    self._reader(chosen, places, on_step),
                 )
             else:
                 found = self._replay(graphs, ids, mask, places, keys, how)[:, : len(chosen)]
@@ -262,12 +273,12 @@ class TextGenerator:
             ]
         return drawn
 
-    def _check_greedy(self, places: int, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
+    def _check_of_baseline(self, places: int, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
         usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1, "with_log_probs": False}
         unlike = [name for name, value in usual.items() if how[name] != value]
         unlike += [] if on_step is None else ["on_step"]
         if unlike:
-            raise ValueError(f"{', '.join(unlike)} are for YAN alone: a baseline answers greedily, got {how}")
+            raise ValueError(f"{', '.join(unlike)} are for YAN alone and this is a baseline, got {how}")
         if not 1 <= places <= self.most_tokens or how["num_steps"] < 1:
             raise ValueError(
                 f"max_tokens must be in [1, {self.most_tokens}] and num_steps >= 1, got {places} and {how['num_steps']}"
@@ -289,16 +300,18 @@ class TextGenerator:
         ids: Tensor,
         mask: Tensor,
         places: int,
-        seeds: Tensor,
+        seeds: Tensor | None,
         lengths: Tensor | None,
         how: dict[str, Any],
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, int]:
-        """A batch's answers as `_packed` gives them, and the passes of each."""
+        """A batch's answers as `_packed` gives them, and the passes of each; without seeds a baseline is greedy."""
         if isinstance(self.model, Baseline):
             told = None if lengths is None else lengths.to(ids.device)
-            answers, passes = self.model.answer(ids, mask, places, how["num_steps"], told)
+            keys = None if seeds is None else seeds.to(ids.device)
+            answers, passes = self.model.answer(ids, mask, places, how["num_steps"], told, keys)
             return _packed(answers[:, None]), passes
+        assert seeds is not None
         found = sample(self.model, ids, mask, places, seeds, lengths=lengths, on_step=on_step, **how)
         return _packed(found.candidates, found.experts, found.log_probs, found.scores), _passes(how)
 

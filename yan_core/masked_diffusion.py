@@ -10,7 +10,7 @@ from yan_core.baselines import Baseline
 from yan_core.batching import EOS, MASK, Batch
 from yan_core.blocks import Attention, RowDropout, feed_forward
 from yan_core.config import BaselineConfig
-from yan_core.noise import RowDraws, Stream, uniform
+from yan_core.noise import RowDraws, Stream, fold, gumbel, uniform
 
 
 class _Block(nn.Module):
@@ -104,8 +104,9 @@ class MaskedDiffusion(Baseline):
         source_mask: Tensor | None,
         count: int | Tensor,
         never: int | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """One pass: fill those masked places of each row whose likeliest token is the likeliest.
+        """One pass: fill those masked places of each row whose likeliest token, or the drawn one, is the likeliest.
 
         Args:
             target_ids: int64, partly mask_id, [batch, length].
@@ -113,6 +114,7 @@ class MaskedDiffusion(Baseline):
             source_mask: True for real tokens, [batch, source_length]; None: all are.
             count: Places to fill in each row, or of each row, int64, [batch]; all that are masked where they are fewer.
             never: A token that is not to be written.
+            keys: Of each row in this pass, to draw tokens, int64, [batch]; None: the likeliest.
 
         Returns:
             Target ids with up to `count` fewer masks a row, [batch, length].
@@ -121,9 +123,11 @@ class MaskedDiffusion(Baseline):
         for unwanted in (self.mask_id, never):
             if unwanted is not None:
                 logits[..., unwanted] = -torch.inf
-        best, ids = logits.max(-1)
+        noise = 0.0 if keys is None else gumbel(keys, Stream.TOKEN, tuple(logits.shape[1:]))
+        ids = (logits + noise).argmax(-1)
         masked = target_ids == self.mask_id
-        confidence = (best - logits.logsumexp(-1)).masked_fill(~masked, -torch.inf)
+        chosen = logits.gather(-1, ids[..., None])[..., 0]
+        confidence = (chosen - logits.logsumexp(-1)).masked_fill(~masked, -torch.inf)
         rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         most = count[:, None] if isinstance(count, Tensor) else count
         return torch.where(masked & (rank < most), ids, target_ids)
@@ -136,6 +140,7 @@ class MaskedDiffusion(Baseline):
         length: int,
         steps: int | None = None,
         lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """Target ids in `steps` passes (None: as many as tokens), about equally many tokens a pass: [batch, length].
 
@@ -145,6 +150,7 @@ class MaskedDiffusion(Baseline):
             length: Places.
             steps: Passes.
             lengths: Each text's number of tokens, where it is told, [batch]; what is after it is end-of-text.
+            keys: See `Baseline.answer`, [batch].
 
         Raises:
             ValueError: If steps is not in [1, length].
@@ -159,13 +165,19 @@ class MaskedDiffusion(Baseline):
         masked = (ids == self.mask_id).sum(-1)
         for i in range(steps):
             count = (i + 1) * masked // steps - i * masked // steps
-            ids = self.unmask(ids, source_ids, source_mask, count, never)
+            ids = self.unmask(ids, source_ids, source_mask, count, never, None if keys is None else fold(keys, i))
         return ids
 
     @torch.no_grad()
     def answer(
-        self, source_ids: Tensor, source_mask: Tensor, length: int, num_steps: int, lengths: Tensor | None = None
+        self,
+        source_ids: Tensor,
+        source_mask: Tensor,
+        length: int,
+        num_steps: int,
+        lengths: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """See `Baseline.answer`, [batch, length]; more steps than places are as many as places."""
         steps = min(num_steps, length)
-        return self.generate(source_ids, source_mask, length, steps, lengths), steps
+        return self.generate(source_ids, source_mask, length, steps, lengths, keys), steps

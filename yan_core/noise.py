@@ -37,6 +37,7 @@ class Stream(IntEnum):
     GUESS = 14
     DROPOUT = 15
     MMD_PRIOR = 16
+    TOKEN = 17
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -87,6 +88,14 @@ def normal(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
     pair = uniform(keys, stream, (*shape, 2))
     radius = torch.sqrt(-2.0 * torch.log(pair[..., 0]))
     return radius * torch.cos(2.0 * math.pi * pair[..., 1])
+
+
+def gumbel(keys: Tensor, stream: Stream, shape: tuple[int, ...]) -> Tensor:
+    """Standard Gumbel numbers, float32, [batch, *shape]; arguments as `uniform`.
+
+    The argmax of logits plus these is a draw from their softmax.
+    """
+    return -torch.log(-torch.log(uniform(keys, stream, shape)))
 
 
 @dataclass(frozen=True)

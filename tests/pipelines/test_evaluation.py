@@ -119,12 +119,23 @@ def test_several_answers_a_row_tell_how_they_differ(model_folder):
         replace(TWO_STEPS, diversity=1)
 
 
-def test_a_baseline_that_answers_greedily_has_no_diversity(tmp_path):
+def test_a_baseline_answers_greedily_and_draws_for_its_diversity(tmp_path):
     tokenizer = Tokenizer.train(TEXTS, TokenizerConfig())
     shape = BaselineConfig(d_model=16, num_blocks=1, num_heads=1)
     save_pretrained(tmp_path / "model", build_model(shape, tokenizer.vocab_size, seed=0), tokenizer, DETAILS)
-    with pytest.raises(ValueError, match="diversity must be 0 for .*model, a baseline that gives one answer"):
-        evaluate_model(tmp_path / "model", [{"source": "a", "answers": ["x"]}], replace(TWO_STEPS, diversity=3))
+    loaded = yan_core.load(tmp_path / "model")
+    drawn = [
+        [loaded.generate([t], 2, seeds=i + 3 * k, do_sample=True)[0].text for k in range(3)]
+        for i, t in enumerate("abc")
+    ]
+    greedy = [loaded.generate([text], 2)[0].text for text in "abc"]
+    assert len({*greedy, *sum(drawn, [])}) > 4
+    # What is drawn for the first row is right there, what is likeliest in the two others.
+    rows = [{"source": t, "answers": [a]} for t, a in zip("abc", [drawn[0][0], greedy[1], greedy[2]], strict=True)]
+    (quality,) = evaluate_model(tmp_path / "model", rows, replace(TWO_STEPS, diversity=3))
+    assert quality.metrics["exact_match"] == pytest.approx(2 / 3)
+    assert quality.metrics["exact_match_drawn"] == pytest.approx(1 / 3)
+    assert quality.metrics["distinct_answers"] == pytest.approx(sum(len({*texts}) / 3 for texts in drawn) / 3)
 
 
 def test_labels_that_are_none_and_sources_that_are_cut_are_counted(tmp_path):

@@ -5,8 +5,10 @@ No request fails: 2,000 and more each time. Marked soak: a minute each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -43,15 +45,49 @@ def replicas() -> list[psutil.Process]:
     return found
 
 
-def under_load(url: str, what: Callable[[], None], seconds: float = 30.0) -> Load:
-    """Requests of eight clients all the time, and something that happens after a third of it."""
+def retried_so_far() -> tuple[str, float]:
+    """Which HAProxy takes requests in, by when it started, and how many of them it has tried again."""
+    address = f"http://127.0.0.1:{os.environ['RAY_SERVE_HAPROXY_METRICS_PORT']}/metrics"
+    text = urllib.request.urlopen(address, timeout=5).read().decode()
+    (started,) = re.findall(r"^haproxy_process_start_time_seconds (\S+)", text, re.M)
+    counts = re.findall(r"^haproxy_backend_retry_warnings_total\{[^}]*\} (\S+)", text, re.M)
+    assert counts
+    return started, sum(map(float, counts))
+
+
+class Retries(threading.Thread):
+    """Counts what HAProxy tries again, four times a second: whenever replicas change another HAProxy takes over and
+    begins at 0. What one counts in its last quarter of a second is missed."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self.before = dict([retried_so_far()])
+        self.counts = dict(self.before)
+
+    def run(self) -> None:
+        while not self.over.wait(0.25):
+            with contextlib.suppress(OSError):  # one goes, the next comes
+                self.counts.update([retried_so_far()])
+
+    def total(self) -> int:
+        self.over.set()
+        self.join()
+        return round(sum(self.counts.values()) - sum(self.before.values()))
+
+
+def under_load(url: str, what: Callable[[], None], seconds: float = 30.0) -> tuple[Load, int]:
+    """Requests of eight clients, something that happens after a third of the time, and how many were tried again."""
+    retries = Retries()
+    retries.start()
     timer = threading.Timer(seconds / 3, what)
     timer.start()
     loads = [closed_loop(f"{url}/v1/generate", body, CLIENTS, seconds)]
     timer.join()
     while sum(len(load.samples) for load in loads) < REQUESTS:
         loads.append(closed_loop(f"{url}/v1/generate", body, CLIENTS, 5.0))
-    return Load([sample for load in loads for sample in load.samples], sum(load.seconds for load in loads))
+    load = Load([sample for load in loads for sample in load.samples], sum(load.seconds for load in loads))
+    return load, retries.total()
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +122,14 @@ def url(args: AppArgs) -> Iterator[str]:
 def test_a_replica_that_is_killed_costs_no_request(url: str, capsys: pytest.CaptureFixture[str]):
     before = {p.pid for p in replicas()}
     assert len(before) == 2
-    load = under_load(url, lambda: os.kill(min(before), signal.SIGKILL))
+    load, retried = under_load(url, lambda: os.kill(min(before), signal.SIGKILL))
     assert [s for s in load.samples if s.status != 200] == []
     deadline = time.monotonic() + 120
     while len(replicas()) < 2 or min(before) in {p.pid for p in replicas()}:
         assert time.monotonic() < deadline, "no new replica"
         time.sleep(0.5)
     with capsys.disabled():
-        print(f"\nkilled: {len(load.samples)} requests, 0 failed")
+        print(f"\nkilled: {len(load.samples)} requests, 0 failed, {retried} tried again")
 
 
 def test_an_upgrade_costs_no_request(url: str, args: AppArgs, capsys: pytest.CaptureFixture[str]):
@@ -104,16 +140,16 @@ def test_an_upgrade_costs_no_request(url: str, args: AppArgs, capsys: pytest.Cap
     def upgrade() -> None:
         ray_serve.run(build_app(args.model_copy(update={"num_steps": 2})), name="yan", route_prefix="/")
 
-    load = under_load(url, upgrade, 45.0)
+    load, retried = under_load(url, upgrade, 45.0)
     assert [s for s in load.samples if s.status != 200] == []
     assert not before & {p.pid for p in replicas()}
     with capsys.disabled():
-        print(f"\nupgraded: {len(load.samples)} requests, 0 failed")
+        print(f"\nupgraded: {len(load.samples)} requests, 0 failed, {retried} tried again")
 
 
 def test_an_alias_that_moves_costs_no_request(url: str, registry: str, capsys: pytest.CaptureFixture[str]):
     client = MlflowClient(registry, registry)
-    load = under_load(url, lambda: client.set_registered_model_alias("yan-tiny", "champion", "2"))
+    load, retried = under_load(url, lambda: client.set_registered_model_alias("yan-tiny", "champion", "2"))
     assert [s for s in load.samples if s.status != 200] == []
     request = urllib.request.Request(
         f"{url}/v1/generate", json.dumps(body(0)).encode(), {"Content-Type": "application/json"}
@@ -121,4 +157,4 @@ def test_an_alias_that_moves_costs_no_request(url: str, registry: str, capsys: p
     named = {json.load(urllib.request.urlopen(request))["model"] for _ in range(20)}
     assert named == {"yan-tiny/2"}
     with capsys.disabled():
-        print(f"\nalias moved: {len(load.samples)} requests, 0 failed")
+        print(f"\nalias moved: {len(load.samples)} requests, 0 failed, {retried} tried again")

@@ -11,7 +11,7 @@ import torch
 import yan_core
 from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_batch
 from yan_core.baselines import ARDecoder, EncoderDecoder, pad_left
-from yan_core.batching import EOS, pad_rows
+from yan_core.batching import EOS, Batch, pad_rows
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, FlowLossConfig, RunConfig, TokenizerConfig, from_dict
 from yan_core.loss import baseline_loss
@@ -217,6 +217,38 @@ def test_a_told_length_is_kept(make) -> None:
     assert (ids == EOS).tolist() == (torch.arange(9) >= told[:, None]).tolist()
 
 
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_drawn_answers_are_of_their_keys_and_depend_on_no_padding_or_company(make) -> None:
+    model, keys, told = make(), torch.tensor([3, 2**40, 5, 3]), torch.tensor([1, 9, 4, 6])
+    ids, _ = model.answer(*SOURCES, 9, 9, told, keys)
+    assert (ids == EOS).tolist() == (torch.arange(9) >= told[:, None]).tolist()
+    assert torch.equal(model.answer(*pad_right(*SOURCES, 5), 9, 9, told, keys)[0], ids)
+    for i, n in enumerate(LENGTHS):
+        alone, mask = SOURCES[0][i : i + 1, :n], SOURCES[1][i : i + 1, :n]
+        assert torch.equal(model.answer(alone, mask, 9, 9, told[i : i + 1], keys[i : i + 1])[0], ids[i : i + 1])
+    assert not torch.equal(model.answer(*SOURCES, 9, 9, told, keys + 1)[0], ids)
+    assert not torch.equal(model.answer(*SOURCES, 9, 9, told)[0], ids)
+
+
+@pytest.mark.parametrize("make", [ar, bart, mdm])
+def test_drawn_tokens_are_as_frequent_as_probable(make) -> None:
+    model, draws = make(), 4000
+    ids, mask = (value[:1].expand(draws, -1) for value in SOURCES)
+    found, _ = model.answer(ids, mask, 1, 1, None, torch.arange(draws))
+    shares = torch.bincount(found[:, 0], minlength=VOCAB) / draws
+    if isinstance(model, MaskedDiffusion):
+        logits = model(torch.full((1, 1), model.mask_id), ids[:1], mask[:1])[0, 0].float()
+        logits[model.mask_id] = -torch.inf
+        expected = logits.softmax(-1)
+    else:  # a token's cross-entropy is its probability, and nothing is before it
+        targets = torch.arange(VOCAB)[:, None]
+        keys = torch.zeros(VOCAB, dtype=torch.long)
+        batch = Batch(keys, ids[:VOCAB], mask[:VOCAB], targets, torch.ones_like(targets, dtype=torch.bool))
+        expected = (-model.losses(batch)[:, 0]).exp()
+    assert expected.max() < 0.9  # else it would say little
+    assert (shares - expected[: len(shares)]).abs().max() < 4 * (0.25 / draws) ** 0.5
+
+
 @torch.no_grad()
 def test_an_encoder_decoder_with_a_cache_writes_what_it_writes_without() -> None:
     model = bart()
@@ -269,6 +301,9 @@ def test_a_baseline_is_saved_loaded_and_answers_texts(make, tmp_path: Path) -> N
     answers = loaded.generate(["a b c", "b"], num_steps=3)
     assert [a.tokens for a in answers] == [a.tokens for a in loaded.generate(["a b c", "b"], num_steps=3)]
     assert all(1 <= a.nfe <= 8 for a in answers)
+    drawn = [loaded.generate(["a b c"], num_steps=3, seeds=seed, do_sample=True)[0].tokens for seed in range(20)]
+    assert len({*map(tuple, drawn)}) > 5  # else it is no draw
+    assert drawn[3] == loaded.generate(["b", "a b c"], num_steps=3, seeds=[0, 3], do_sample=True)[1].tokens
     with pytest.raises(ValueError, match="num_candidates are for YAN alone"):
         loaded.generate(["a"], num_candidates=2)
     with pytest.raises(ValueError, match=r"max_tokens must be in \[1, 19\]"):
