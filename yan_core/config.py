@@ -668,7 +668,7 @@ class EvaluationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and candidates."""
     diversity: int = 0
-    """Answers drawn for each row, with different seeds, to tell how much they differ; 0: none. For these a baseline draws
+    """Answers drawn for each row, to tell how much they differ; 0: none. For these a baseline draws
     its tokens; otherwise it is greedy."""
     every_steps: int = 0
     """Steps of the fine-tuning between measurements on the first `rows_while_training` validation rows; 0: none."""
