@@ -60,20 +60,23 @@ def test_the_discrepancy_is_that_of_the_tokens_with_the_lowest_draws() -> None:
     assert float(discrepancy) == pytest.approx(float(maximum_mean_discrepancy(latents.view(10, 4)[lowest], prior)))
 
 
-def test_autoencoder_loss_equals_its_parts_by_hand() -> None:
-    model, batch = tiny_model(), autoencoder_rows()
+@pytest.mark.parametrize("latent_dim", [0, 8])
+def test_autoencoder_loss_equals_its_parts_by_hand(latent_dim: int) -> None:
+    model, batch = tiny_model(latent_dim=latent_dim), autoencoder_rows()
+    width = latent_dim or 16
     output = autoencoder_loss(model, batch, STAGE_1)
     mask = batch.target_mask
     latents = model.encode_target(batch.source_ids, mask)
     scale = STAGE_1.latent_noise * uniform(batch.keys, Stream.LATENT_SCALE, (1, 1))
-    logits = model.decoder(latents + scale * normal(batch.keys, Stream.LATENT_NOISE, (7, 16)))
+    logits = model.decoder(latents + scale * normal(batch.keys, Stream.LATENT_NOISE, (7, width)))
     ce = F.cross_entropy(logits[mask], batch.target_ids[mask])
     p = {name: float(value) for name, value in output.parts.items()}
     assert p.keys() == {"loss_ce", "loss_l2", "loss_mmd", "token_accuracy"}
     assert p["loss_ce"] == pytest.approx(ce.item(), rel=1e-5)
     assert p["loss_l2"] == pytest.approx(latents[mask].square().mean().item(), rel=1e-5)
     assert p["token_accuracy"] == pytest.approx(float((logits.argmax(-1) == batch.target_ids)[mask].float().mean()))
-    assert p["loss_mmd"] > 0
+    _, mmd = latent_terms(latents, mask, batch.keys, STAGE_1.mmd_tokens, mask.sum())
+    assert p["loss_mmd"] == pytest.approx(mmd.item()) and mmd > 0 and STAGE_1.mmd_tokens < mask.sum()
     expected = p["loss_ce"] + 0.1 * p["loss_l2"] + 0.2 * p["loss_mmd"]
     assert output.total.item() == pytest.approx(expected, rel=1e-5)
 

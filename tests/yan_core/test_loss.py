@@ -22,8 +22,8 @@ from tests.yan_core.tiny import (
     tiny_config,
     tiny_model,
 )
-from yan_core.batching import Batch
-from yan_core.config import FlowLossConfig
+from yan_core.batching import EOS, Batch
+from yan_core.config import BaselineConfig, FlowLossConfig
 from yan_core.counts import count, token_weights
 from yan_core.loss import (
     Objective,
@@ -31,7 +31,7 @@ from yan_core.loss import (
     flow_loss,
     weighted_cross_entropy,
 )
-from yan_core.model import YanModel
+from yan_core.model import YanModel, build_model
 from yan_core.noise import Stream, uniform
 from yan_core.tokenization import Tokenizer
 
@@ -167,6 +167,26 @@ def test_self_conditioning_starts_as_if_there_were_none_and_then_uses_the_guess(
     assert not torch.allclose(after["loss_end"], before["loss_end"])
     assert not torch.allclose(after["loss_flow"], before["loss_flow"])
     assert torch.allclose(after["loss_balance"], before["loss_balance"])  # the gate at t = 0 has no guess to read
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "endpoint"])
+def test_the_guess_in_training_is_the_one_that_the_solver_makes_on_its_first_step(
+    prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, guesses = tiny_model(self_conditioning=True, prediction=prediction, expert_scope="segment"), []
+    trunk = model.flow.trunk
+
+    def watched(x, step, source, mask, guess=None, draws=None):
+        guesses.append(guess)
+        return trunk(x, step, source, mask, guess, draws)
+
+    monkeypatch.setattr(model.flow, "trunk", watched)
+    batch = partly_masked(tiny_batch(rows=12))
+    flow_loss(model, batch, replace(LOSS, expert_draw="prior"), 2)  # training and solver then draw the same experts
+    first, in_training, of_solver = guesses
+    kept = in_training.flatten(1).any(1)
+    assert first is None and 0 < int(kept.sum()) < 12
+    torch.testing.assert_close(in_training[kept], of_solver[kept])
 
 
 def test_a_length_head_learns_the_number_of_real_tokens() -> None:
@@ -341,3 +361,31 @@ def test_objective_picks_the_stage_by_its_config() -> None:
     total, parts = Objective(model, LOSS)(tiny_batch(), 3)
     assert torch.equal(total, flow_loss(model, tiny_batch(), LOSS, 3).total) and "loss_flow" in parts
     assert model.decoder.head.out_features == VOCAB
+
+
+def test_objective_divides_by_the_counts_that_it_is_given() -> None:
+    """A part of a step's rows is divided by the whole step's counts."""
+    model, baseline = tiny_model(), build_model(BaselineConfig(d_model=16, num_blocks=1, num_heads=1), VOCAB, seed=0)
+    for objective, batch in (
+        (Objective(model, STAGE_1), autoencoder_rows()),
+        (Objective(model, LOSS), tiny_batch()),
+        (Objective(baseline, LOSS), tiny_batch()),
+    ):
+        counts = objective.counts(batch)
+        total, parts = objective(batch, 3)
+        same, _ = objective(batch, 3, counts)
+        _, less = objective(batch, 3, counts.divided(2))
+        assert torch.equal(total, same)
+        name = "loss_flow" if "loss_flow" in parts else "loss_ce"
+        torch.testing.assert_close(less[name], 2 * parts[name])
+    weight = torch.tensor([[1.0, 1.0, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    filled = replace(
+        tiny_batch(rows=2),
+        target_ids=torch.tensor([[5, EOS, EOS, EOS], [5, 6, 7, 8]]),
+        target_mask=weight > 0,
+    )
+    config = replace(LOSS, fill_weight=0.25)
+    assert Objective(model, config).counts(filled).weight.item() == weight.sum()
+    assert Objective(baseline, config).counts(filled).weight.item() == 3  # it does not write what is after the end
+    mdm = build_model(BaselineConfig(family="masked_diffusion", d_model=16, num_blocks=1, num_heads=1), VOCAB, seed=0)
+    assert Objective(mdm, config).counts(filled).weight.item() == weight.sum()
