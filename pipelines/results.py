@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,6 +241,52 @@ def differences(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_other_seeds(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The reports without those of other seeds, named `<name>_seed<N>`, which the report of that name has as `seeds`.
+
+    Raises:
+        ValueError: If there is no report of that name, or it has another config.
+    """
+    found = {report["name"]: dict(report) for report in reports}
+    for name in [name for name in found if re.fullmatch(r".+_seed\d+", name)]:
+        other = found.pop(name)
+        first = found.get(name.rpartition("_")[0])
+        if first is None or _but_for_the_seed(first) != _but_for_the_seed(other):
+            raise ValueError(
+                f"{name} stands for another seed of {name.rpartition('_')[0]}: there must be a report of that name "
+                "with the same config but for name and seed"
+            )
+        first.setdefault("seeds", []).append(other)
+    return list(found.values())
+
+
+def _but_for_the_seed(report: Report) -> dict[str, Any]:
+    return {key: value for key, value in report["config"].items() if key not in ("name", "seed")}
+
+
+def over_seeds(report: Report) -> str:
+    """What each contestant reached with each seed, where some were trained with others too."""
+    if not report.get("seeds"):
+        return ""
+    every = sorted([report, *report["seeds"]], key=lambda of: of["config"]["seed"])
+    columns = [f"seed {of['config']['seed']}" for of in every]
+    lines = [
+        f"Trained with several seeds, at {MAIN_STEPS} steps; weights, order and noise of the training follow from the "
+        "seed, the rows are the same. How far apart seeds are tells more of chance than an interval over rows:",
+        "",
+        f"| model | {' | '.join(columns)} | mean |",
+        f"|---|{'---:|' * len(every)}---:|",
+    ]
+    for name, contestant in report["contestants"].items():
+        found = [of["contestants"].get(name) for of in every]
+        values = [None if of is None else 100 * main_quality(of)["value"] for of in found]
+        known = [value for value in values if value is not None]
+        if len(known) > 1:
+            cells = " | ".join("" if value is None else f"{value:.1f}" for value in values)
+            lines.append(f"| {contestant['label']} | {cells} | {statistics.mean(known):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def page(reports: Sequence[Report], verdict: str = "") -> str:
     """All reports as one page, after what they come to, which a person has written."""
     parts = [
@@ -251,14 +299,15 @@ def page(reports: Sequence[Report], verdict: str = "") -> str:
         "Parameters are those of the layers + those of embeddings, positions and vocabulary head; passes are the "
         "median of requests alone. Every model finds the end of an answer itself; *told length* is what it would "
         "reach if it were told, which gives an answer away where answers differ in length. Intervals are over "
-        "validation rows; each model was trained once, with one seed and the settings of the run compared. *Always* "
+        "validation rows; each model was trained once, with the seed and the settings of the run compared, where no "
+        "table of several seeds is. *Always* "
         "is the best single answer to all rows, chosen knowing them: what is not above it has learnt nothing from the "
         "sources. The verdict and what stands below a table were written by hand, in `docs/results/*.md`.\n",
         verdict,
     ]
     for report in reports:
         table = heading(report) if is_of_changes(report) else markdown(report)
-        parts += [table, headline(report), differences(report), report.get("notes", "")]
+        parts += [table, headline(report), differences(report), over_seeds(report), report.get("notes", "")]
     return "\n".join(part for part in parts if part)
 
 
@@ -318,7 +367,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--short", type=Path, help="Markdown file with marks, between which a short table goes")
     chosen = parser.parse_args(args)
-    reports = [read_report(file) for file in sorted(chosen.reports)]
+    reports = with_other_seeds([read_report(file) for file in sorted(chosen.reports)])
     verdict = chosen.reports[0].parent / "verdict.md"
     write_file(chosen.page, page(reports, verdict.read_text(encoding="utf-8") if verdict.is_file() else ""))
     if chosen.short:

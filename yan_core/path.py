@@ -67,7 +67,8 @@ def velocity_to(x_1: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
 
 
 def _log_factor(edges: Tensor, power: float) -> Tensor:
-    """Log of x**(power - 1) in each cell of a uniform grid, but for a constant: of its midpoint, or its mean at a pole."""
+    """Log of x**(power - 1) in each cell of a uniform grid, but for a constant: at its midpoint, or its mean if 0 is a
+    pole."""
     if power < 1:
         return (edges**power).diff().log()
     return (power - 1) * (edges[:-1] + edges[1:]).log()

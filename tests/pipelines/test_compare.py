@@ -15,7 +15,7 @@ from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
 from pipelines.prepare import prepare
-from pipelines.results import differences, headline, main_quality, pictures
+from pipelines.results import differences, headline, main_quality, over_seeds, pictures, with_other_seeds
 from pipelines.results import main as write_page
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
@@ -174,6 +174,29 @@ def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
     )
     assert found and len(lines) == 6
     assert differences({"contestants": {name: contestants[name] for name in ("yan", "ar")}}) == ""
+
+
+def test_reports_of_other_seeds_go_into_a_table_of_the_first_one():
+    def report(name: str, seed: int, steps: int = 9, **values: float) -> dict[str, Any]:
+        config = {"name": f"{name}, here", "seed": seed, "stages": steps}
+        of = {key: changed(key.upper(), "yan", {1: [0.0], 3: [value]}) for key, value in values.items()}
+        return {"name": name, "config": config, "contestants": of}
+
+    first, alone = report("world", 0, yan=0.5, k1=0.25, k2=1.0), report("events", 0, yan=0.5)
+    others = [report("world_seed2", 2, yan=0.125), report("world_seed1", 1, k1=0.75, yan=1.0)]
+    gathered, other = with_other_seeds([first, *others, alone])
+    assert (gathered["name"], other["name"]) == ("world", "events") and over_seeds(other) == ""
+    lines = over_seeds(gathered).splitlines()
+    assert lines[2:] == [
+        "| model | seed 0 | seed 1 | seed 2 | mean |",
+        "|---|---:|---:|---:|---:|",
+        "| YAN | 50.0 | 100.0 | 12.5 | 54.2 |",
+        "| K1 | 25.0 | 75.0 |  | 50.0 |",
+    ]
+    with pytest.raises(ValueError, match="world_seed1 stands for another seed of world: there must be a report"):
+        with_other_seeds([first, report("world_seed1", 1, steps=8, yan=1.0)])
+    with pytest.raises(ValueError, match="events_seed1 stands for another seed of events"):
+        with_other_seeds([first, report("events_seed1", 1, yan=1.0)])
 
 
 def test_the_number_of_experts_has_a_picture_where_it_varies_with_a_line_for_each_training():
