@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PLAIN := not gpu and not cluster and not soak
+RUN := python
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
 .PHONY: quickstart test test-runs test-rest test-fast coverage test-cluster machines machines-down lint typecheck docs format constraints clean
@@ -15,15 +16,15 @@ test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory --jobs 2 --output-sync=none test-runs test-rest
 
 test-runs test-rest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q --durations 12 -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )(e2e or distributed) and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/$(RUN) -m pytest -q --durations 12 -p no:cacheprovider -m "$(if $(filter test-rest,$@),not )(e2e or distributed) and $(PLAIN)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
 
-# Which branches the tests take, in one process.
+# Which branches the tests take.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -p no:cacheprovider -m "$(PLAIN)" $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test RUN="coverage run"
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --include 'yan_core/*' --skip-covered
 	$(BIN)/coverage report --omit 'yan_core/*' --skip-covered
