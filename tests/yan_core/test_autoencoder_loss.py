@@ -1,6 +1,7 @@
 """The autoencoder's loss and the discrepancy of its latents, against both written out."""
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,45 @@ def test_the_discrepancy_is_that_of_the_tokens_with_the_lowest_draws() -> None:
     squares, discrepancy = latent_terms(latents, mask, keys, 3, torch.tensor(20.0))
     assert float(squares) == pytest.approx(float(latents.square().sum()) / 80)
     assert float(discrepancy) == pytest.approx(float(maximum_mean_discrepancy(latents.view(10, 4)[lowest], prior)))
+
+
+@pytest.mark.parametrize("most", [3, 8, 40])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_several_workers_choose_the_tokens_that_one_would(
+    rows: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers played by threads, of unlike numbers of rows; tests/distributed has real ones."""
+    latents = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([[5], [2], [4], [3]])
+    keys, count = torch.tensor([3, 14, 15, 92]), torch.tensor(14.0)
+    squares, discrepancy = latent_terms(latents, mask, keys, most, count)
+    barrier, given = threading.Barrier(2, timeout=60), {}
+
+    def gather(value: torch.Tensor) -> torch.Tensor:
+        given[threading.current_thread().name] = value
+        barrier.wait()
+        both = torch.stack([given["0"], given["1"]])
+        barrier.wait()
+        return both
+
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def work(name: str, part: slice) -> None:
+        found[name] = latent_terms(latents[part], mask[part], keys[part], most, count)
+
+    monkeypatch.setattr("yan_core.loss.num_workers", lambda: 2)
+    monkeypatch.setattr("yan_core.loss.gather", gather)
+    threads = [
+        threading.Thread(target=work, args=("0", slice(rows)), name="0"),
+        threading.Thread(target=work, args=("1", slice(rows, None)), name="1"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(found["0"][0] + found["1"][0], squares)
+    for _, of_worker in found.values():
+        torch.testing.assert_close(of_worker, discrepancy)
 
 
 @pytest.mark.parametrize("latent_dim", [0, 8])

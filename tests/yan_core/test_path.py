@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from yan_core.path import beta_times, straight_path
+from yan_core.path import beta_times, endpoint_of, straight_path, velocity_to
 
 GRID = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
 CELL = 1 / 8192
@@ -38,6 +38,14 @@ def test_velocity_is_the_derivative_of_the_point() -> None:
     jacobian = torch.autograd.functional.jacobian(lambda t: straight_path(x_0, x_1, t).x_t, t)  # [3, 5, 4, 3]
     torch.testing.assert_close(jacobian.diagonal(dim1=0, dim2=3).movedim(-1, 0), sample.u_t)
     assert jacobian.count_nonzero() == sample.u_t.count_nonzero()  # a row moves with its own time alone
+
+
+def test_velocity_and_endpoint_are_one_another_at_each_rows_time_and_at_one_for_all() -> None:
+    x_0, x_1 = ends()
+    for t in (torch.tensor([0.0, 0.25, 0.9]), 0.75):
+        path = straight_path(x_0, x_1, torch.as_tensor(t).expand(3))
+        torch.testing.assert_close(endpoint_of(path.u_t, path.x_t, t), x_1)
+        torch.testing.assert_close(velocity_to(x_1, path.x_t, t), path.u_t)
 
 
 def test_shapes_that_disagree_are_refused() -> None:
