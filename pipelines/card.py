@@ -13,6 +13,7 @@ from pipelines.sources import find_dataset
 from yan_core.card import PIPELINE_TAGS, Evidence
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_commit
+from yan_core.metrics import scale
 from yan_core.tasks import get_task
 
 WHERE = ("runs_dir", "log_every_s", "scaling", "tracking")
@@ -76,20 +77,20 @@ def _figures(config: RunConfig, quality: Sequence[Quality]) -> str:
     metrics = [name for name in quality[0].metrics if not name.endswith("_oracle_length")]
     a_pass_a_token = config.baseline is not None and config.baseline.family != "masked_diffusion"
     lines = [
-        f"On {len(quality[0].rows):,} validation rows of `{config.data.dataset}`, in points of 100, with 95 % "
-        f"bootstrap intervals over rows; measured by the run that trained it, at commit {code_commit()}.",
+        f"On {len(quality[0].rows):,} validation rows of `{config.data.dataset}`, in points of 100 (perplexity as it "
+        f"is), with 95 % bootstrap intervals over rows; by the run that trained it, at commit {code_commit()}.",
         "",
         "| " + " | ".join(["steps", "passes", *(name.replace("_", " ") for name in metrics)]) + " |",
         "|" + "---:|" * (2 + len(metrics)),
     ]
     for q in quality:
-        shown = [f"{100 * q.metrics[name]:.1f} {_interval(q.intervals[name])}" for name in metrics]
+        shown = [f"{scale(name) * q.metrics[name]:.1f} {_interval(name, q.intervals[name])}" for name in metrics]
         lines.append("| " + " | ".join(["" if a_pass_a_token else str(q.num_steps), str(q.nfe), *shown]) + " |")
     return "\n".join(lines)
 
 
-def _interval(ends: Sequence[float]) -> str:
-    return f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+def _interval(metric: str, ends: Sequence[float]) -> str:
+    return f"[{scale(metric) * ends[0]:.1f}, {scale(metric) * ends[1]:.1f}]"
 
 
 def _result(config: RunConfig, quality: Sequence[Quality]) -> dict[str, Any]:

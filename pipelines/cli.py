@@ -160,8 +160,8 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--num-steps", type=int, default=3, help="solver steps; one forward pass each with Euler")
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
     _add_sampling(parser, "the config's")
-    parser.add_argument("--bertscore-model", default="", help="folder of an encoder: BERTScore too")
-    parser.add_argument("--perplexity-model", default="", help="folder of a causal language model: perplexity too")
+    parser.add_argument("--bertscore-model", help="folder of an encoder: BERTScore too; default: the config's")
+    parser.add_argument("--perplexity-model", help="folder of a causal model: perplexity too; default: the config's")
     parser.add_argument(
         "--diversity", type=int, metavar="K", help="K answers a row: how they differ; default: the config's"
     )
@@ -172,7 +172,7 @@ def _evaluate(args: list[str]) -> int:
     config = parse_config("evaluate", ["--config", chosen.config])
     from collections import Counter
 
-    from pipelines.evaluation import Extras, evaluate_model, summary
+    from pipelines.evaluation import check_models, evaluate_model, summary
     from pipelines.plain import device_of
     from pipelines.prepare import read_text_rows
     from yan_core.checkpoint import read_config
@@ -181,16 +181,14 @@ def _evaluate(args: list[str]) -> int:
     counts: Counter[str] = Counter()
     rows = read_text_rows(config, chosen.data, counts)[: chosen.max_rows]
     sampling = _sampling(chosen, config.evaluation.sampling)
-    diversity = config.evaluation.diversity if chosen.diversity is None else chosen.diversity
+    given = {name: getattr(chosen, name) for name in ("diversity", "bertscore_model", "perplexity_model")}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        how = dataclasses.replace(
-            config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling, diversity=diversity
-        )
+        how = dataclasses.replace(config.evaluation, num_steps=(chosen.num_steps,), sampling=sampling, **given)
+        check_models(how)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    extras = Extras(chosen.bertscore_model, chosen.perplexity_model)
-    device = str(device_of(chosen.use_gpu))
-    (quality,) = evaluate_model(Path(chosen.model), rows, how, device, extras=extras)
+    (quality,) = evaluate_model(Path(chosen.model), rows, how, str(device_of(chosen.use_gpu)))
     result = summary(quality, len(rows), Path(chosen.model), chosen.data, counts)
     print(json.dumps(result, indent=2))
     if chosen.json:

@@ -69,19 +69,6 @@ class Quality:
     rows: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What is measured only where it is asked for.
-
-    Attributes:
-        bertscore_model: Folder of an encoder for BERTScore; empty: none.
-        perplexity_model: Folder of a causal language model for generative perplexity; empty: none.
-    """
-
-    bertscore_model: str = ""
-    perplexity_model: str = ""
-
-
 def generate_rows(
     generator: yan_core.TextGenerator,
     rows: Sequence[Mapping[str, Any]],
@@ -195,17 +182,33 @@ def best_constant(
     return {"answer": best, "metric": metric, "value": values[best]}
 
 
-def _load_extras(extras: Extras, device: str) -> dict[str, Measure]:
+def check_models(config: EvaluationConfig) -> None:
+    """Look whether the models that measure are there, before anything is trained.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name in ("bertscore_model", "perplexity_model"):
+        folder = getattr(config, name)
+        if folder and not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"evaluation.{name}: no model at {folder}: name a folder as transformers saves it, with config.json, "
+                "weights, tokenizer"
+            )
+
+
+def _measures(config: EvaluationConfig, device: str) -> dict[str, Measure]:
+    """The metrics that models give."""
     found: dict[str, Measure] = {}
-    if extras.bertscore_model:
+    if config.bertscore_model:
         from yan_core.model_metrics import BertScore
 
-        bert_score = BertScore(extras.bertscore_model, device)
+        bert_score = BertScore(config.bertscore_model, device)
         found["bertscore"] = lambda before, answers, references: bert_score(answers, references)
-    if extras.perplexity_model:
+    if config.perplexity_model:
         from yan_core.model_metrics import Perplexity
 
-        perplexity = Perplexity(extras.perplexity_model, device)
+        perplexity = Perplexity(config.perplexity_model, device)
         found["perplexity"] = lambda before, answers, references: perplexity(before, answers)
     return found
 
@@ -216,7 +219,6 @@ def evaluate_model(
     config: EvaluationConfig,
     device: str = "cpu",
     on_done: Callable[[Quality], None] | None = None,
-    extras: Extras | None = None,
     task: Task | None = None,
 ) -> list[Quality]:
     """Answer every row at each number of steps, score it and time it.
@@ -225,19 +227,17 @@ def evaluate_model(
         folder: Model folder.
         rows: `source`, `answers` (any counts as right; case does not count where the tokenizer lower-cases) and
             optionally `kind`.
-        config: Numbers of solver steps, batch size, and how answers are sampled.
+        config: Numbers of solver steps, batch size, how answers are sampled, and what else is measured.
         device: Where the model runs.
         on_done: Called after each number of steps.
-        extras: What else is measured; None: nothing.
         task: Names the metrics; None: the model's own task.
 
     Raises:
-        ValueError: If there is no row, or no model in a folder that `extras` names.
+        ValueError: If there is no row, or no model in a folder that the config names.
     """
     if not rows:
         raise ValueError("nothing to evaluate: no row is left after the filter")
-    extras = extras or Extras()
-    others = _load_extras(extras, device)
+    others = _measures(config, device)
     generator = yan_core.load(folder, device)
     task, normalize = task or get_task(generator.details["task"]), generator.tokenizer.normalize
     results = []

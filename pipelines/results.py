@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from yan_core.bootstrap import paired_difference
 from yan_core.files import write_file
+from yan_core.metrics import scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def markdown(report: Report) -> str:
             speed = of["speed"][str(quality["num_steps"])]
             autoregressive = of["family"] in ("ar", "encoder_decoder")
             others = ", ".join(
-                f"{name.replace('_', ' ')} {100 * value:.1f}"
+                f"{name.replace('_', ' ')} {scale(name) * value:.1f}"
                 for name, value in quality["metrics"].items()
                 if name != metric and not name.endswith("_oracle_length")
             )

@@ -19,7 +19,7 @@ from typing import Any
 
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
-from pipelines.evaluation import Quality
+from pipelines.evaluation import Quality, check_models
 from pipelines.folders import difference, read_inputs, run_lock
 from pipelines.listing import files_of, locate
 from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
@@ -132,7 +132,7 @@ def stage_inputs(config: RunConfig, stage: str, before: str) -> dict[str, Any]:
         "before": before,
     }
     if stage == "finetune" and config.evaluation.keep == "best":
-        inputs["evaluation"] = values["evaluation"]  # it chooses the weights
+        inputs["evaluation"] = {name: values["evaluation"][name] for name in CHOOSING}
     return inputs
 
 
@@ -194,6 +194,8 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
 
 
 TRAINED = "trained.json"
+CHOOSING = ("num_steps", "batch_size", "sampling", "every_steps", "rows_while_training", "keep")
+"""What the choice of the best weights depends on, of the evaluation's settings."""
 """In a run's folder: how long its training took in all, however often it was interrupted."""
 
 
@@ -254,6 +256,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     seconds: dict[str, float] = {}
     config = with_architecture_of_start(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
+    check_models(config.evaluation)
     if fresh or _known_run(folder, final) is None:
         check_tracking(config)  # a run that is known to MLflow goes on without it
     with run_lock(folder, fresh), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):

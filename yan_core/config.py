@@ -670,6 +670,10 @@ class EvaluationConfig:
     diversity: int = 0
     """Answers drawn for each row, to tell how much they differ; 0: none. For these a baseline draws
     its tokens; otherwise it is greedy."""
+    bertscore_model: str = ""
+    """Local folder of an encoder, as `transformers` saves it, for BERTScore; empty: not measured."""
+    perplexity_model: str = ""
+    """Local folder of a causal language model, as `transformers` saves it, for perplexity; empty: not measured."""
     every_steps: int = 0
     """Steps of the fine-tuning between measurements on the first `rows_while_training` validation rows; 0: none."""
     rows_while_training: int = 200

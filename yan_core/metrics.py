@@ -25,6 +25,11 @@ Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
 REMEDY = "in the folder of YAN's pyproject.toml: pip install -e '.[pipelines]'"
 
 
+def scale(metric: str) -> float:
+    """What a figure is multiplied by where people read it: 100, points; perplexity alone is no share of anything."""
+    return 1.0 if metric.startswith("perplexity") else 100.0
+
+
 def score(metric: str, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """Score answers by a metric of METRICS.
 

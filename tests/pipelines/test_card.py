@@ -26,7 +26,7 @@ MANIFEST = {
 
 
 def quality(num_steps: int, value: float) -> Quality:
-    metrics = {"exact_match": value, "exact_match_oracle_length": 0.999, "token_f1": value / 2}
+    metrics = {"exact_match": value, "exact_match_oracle_length": 0.999, "token_f1": value / 2, "perplexity": 7 * value}
     return Quality(
         num_steps=num_steps,
         nfe=2 * num_steps,
@@ -56,10 +56,10 @@ def test_figures_are_those_of_the_evaluation_with_their_intervals():
     lines = evidence(RunConfig(), MANIFEST, QUALITY).figures.splitlines()
     assert lines[0].startswith("On 40 validation rows of `world`")
     assert lines[2:] == [
-        "| steps | passes | exact match | token f1 |",
-        "|---:|---:|---:|---:|",
-        "| 1 | 2 | 25.0 [24.0, 27.0] | 12.5 [11.5, 14.5] |",
-        "| 3 | 6 | 75.0 [74.0, 77.0] | 37.5 [36.5, 39.5] |",
+        "| steps | passes | exact match | token f1 | perplexity |",
+        "|---:|---:|---:|---:|---:|",
+        "| 1 | 2 | 25.0 [24.0, 27.0] | 12.5 [11.5, 14.5] | 1.8 [1.7, 1.8] |",
+        "| 3 | 6 | 75.0 [74.0, 77.0] | 37.5 [36.5, 39.5] | 5.2 [5.2, 5.3] |",
     ]
 
 

@@ -186,7 +186,7 @@ def test_evaluate_tells_intervals_lengths_and_counts(tmp_path, capsys):
     assert found["latency_ms"]["batch_1_p95"] >= found["latency_ms"]["batch_1_p50"] > 0
     assert {"tokens_per_s_batch_1", "ms_per_1000_tokens_batch_64"} <= set(found["speed"]) and found["nfe"] == 3
     assert main(["evaluate", *args, "--diversity", "1"]) == 2
-    assert main(["evaluate", *args, "--bertscore-model", str(tmp_path)]) == 1
+    assert main(["evaluate", *args, "--bertscore-model", str(tmp_path)]) == 2
     assert "no model at" in capsys.readouterr().err
 
 

@@ -39,6 +39,23 @@ def test_what_only_says_where_or_how_often_changes_nothing():
         assert stage_inputs(base, "flow", "x") == stage_inputs(other, "flow", "x")
 
 
+def test_what_is_measured_changes_no_weights_and_how_they_are_chosen_does():
+    base = changed(RunConfig(), "evaluation", keep="best", every_steps=10)
+    more = changed(base, "evaluation", diversity=8, perplexity_model="gpt2")
+    assert stage_inputs(base, "finetune", "x") == stage_inputs(more, "finetune", "x")
+    for other in ({"every_steps": 20}, {"rows_while_training": 7}, {"num_steps": (3,)}, {"keep": "last"}):
+        assert stage_inputs(base, "finetune", "x") != stage_inputs(
+            changed(base, "evaluation", **other), "finetune", "x"
+        )
+
+
+def test_a_model_that_measures_and_is_not_there_is_told_before_anything_starts(tmp_path):
+    config = changed(dataclasses.replace(RunConfig(), runs_dir=str(tmp_path)), "evaluation", bertscore_model="nowhere")
+    with pytest.raises(ValueError, match="evaluation.bertscore_model: no model at nowhere: name a folder"):
+        run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"context": "a", "question": "b", "answer": "c"}\n')
