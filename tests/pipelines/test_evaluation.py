@@ -1,6 +1,7 @@
 """Scores of a saved model on given rows."""
 
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,29 @@ def test_a_baseline_answers_greedily_and_draws_for_its_diversity(tmp_path):
     assert quality.metrics["exact_match"] == pytest.approx(2 / 3)
     assert quality.metrics["exact_match_drawn"] == pytest.approx(1 / 3)
     assert quality.metrics["distinct_answers"] == pytest.approx(sum(len({*texts}) / 3 for texts in drawn) / 3)
+
+
+def test_local_models_measure_where_the_config_names_them(model_folder, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra baselines")
+    folder, _ = model_folder
+    judge = tmp_path / "judge"
+    shutil.copytree(folder, judge)  # for its tokenizer, which AutoTokenizer reads
+    shape = {
+        "vocab_size": yan_core.load(folder).tokenizer.vocab_size,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 64,
+    }
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(judge)
+    rows = [{"source": text, "answers": ["the kitchen"]} for text in TEXTS]
+    how = replace(TWO_STEPS, perplexity_model=str(judge), bertscore_model=str(judge))
+    (quality,) = evaluate_model(folder, rows, how)
+    assert quality.metrics["perplexity"] > 1 and 0 < quality.metrics["bertscore"] <= 1
+    (without,) = evaluate_model(folder, rows, TWO_STEPS)
+    assert quality.metrics.keys() - without.metrics.keys() == {
+        *("perplexity", "bertscore", "perplexity_oracle_length", "bertscore_oracle_length")
+    }
 
 
 def test_labels_that_are_none_and_sources_that_are_cut_are_counted(tmp_path):
