@@ -169,11 +169,13 @@ def test_self_conditioning_starts_as_if_there_were_none_and_then_uses_the_guess(
     assert torch.allclose(after["loss_balance"], before["loss_balance"])  # the gate at t = 0 has no guess to read
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("prediction", ["velocity", "endpoint"])
 def test_the_guess_in_training_is_the_one_that_the_solver_makes_on_its_first_step(
-    prediction: str, monkeypatch: pytest.MonkeyPatch
+    prediction: str, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, guesses = tiny_model(self_conditioning=True, prediction=prediction, expert_scope="segment"), []
+    model = tiny_model(self_conditioning=True, prediction=prediction, expert_scope="segment", top_k=top_k)
+    guesses = []
     trunk = model.flow.trunk
 
     def watched(x, step, source, mask, guess=None, draws=None):
@@ -187,6 +189,19 @@ def test_the_guess_in_training_is_the_one_that_the_solver_makes_on_its_first_ste
     kept = in_training.flatten(1).any(1)
     assert first is None and 0 < int(kept.sum()) < 12
     torch.testing.assert_close(in_training[kept], of_solver[kept])
+    guesses.clear()
+    flow_loss(model, batch, replace(LOSS, expert_draw="posterior"), 2)
+    assert not torch.allclose(guesses[1][kept], in_training[kept])  # by the expert that explains the path so far
+
+
+def test_dropout_in_the_source_follows_from_the_keys() -> None:
+    batch, model, read = partly_masked(tiny_batch()), tiny_model(dropout=0.3).train(), []
+    assert model.source_encoder is not None
+    model.source_encoder.register_forward_hook(lambda module, inputs, latents: read.append(latents))
+    for i, keys in enumerate((batch.keys, batch.keys, batch.keys + 7)):
+        torch.manual_seed(i)
+        flow_loss(model, replace(batch, keys=keys), LOSS, 1)
+    assert torch.equal(read[0], read[1]) and not torch.allclose(read[0], read[2])
 
 
 def test_a_length_head_learns_the_number_of_real_tokens() -> None:
