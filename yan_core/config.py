@@ -300,6 +300,10 @@ class FlowLossConfig:
     """`joint` ties one expert to the path at t = 0 and at t; `marginal` is the paper's, at t alone."""
     expert_draw: Literal["posterior", "prior"] = "posterior"
     """Which distribution the solver's expert is drawn from in training; the paper draws from the gate's prior."""
+    even_experts: bool = False
+    """Whether each expert learns from about as many scopes of a batch as every other (of each part, where
+    scaling.accumulation cuts it). For tasks with several right answers: the posterior gives all rows to an expert that
+    is a little better at first, and `weight_balance` moves the gate alone. Wants model.top_k 0."""
     solver_steps: tuple[int, ...] = (1, 1, 2, 2, 3, 3, 4, 8)
     """The number of Euler steps of the training solver is drawn from these, anew for each batch; what is named twice is
     drawn twice as often. Earlier code trained at a fixed number failed at every other one, which was not seen again
@@ -764,6 +768,10 @@ class RunConfig:
         )
         if self.baseline is not None:
             self._check_baseline(self.baseline)
+        _require(
+            not (self.flow_loss.even_experts and self.model.top_k),
+            f"flow_loss.even_experts wants model.top_k 0, got {self.model.top_k}, by which few experts know a scope",
+        )
         for stage in dataclasses.fields(self.stages):
             batch_size, lanes = getattr(self.stages, stage.name).batch_size, self.data.lanes
             _require(

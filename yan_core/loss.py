@@ -21,6 +21,7 @@ from yan_core.moe import (
     balance_loss,
     choose_experts,
     draw_expert,
+    even_offsets,
     expert_shares,
     gate_entropy,
     gate_log_probs,
@@ -229,13 +230,18 @@ def match_flow(
     def log_likelihood(features: Tensor) -> Tensor:
         return velocity_log_likelihood(outputs(features), goal, weight, config.sigma, tokens)
 
+    scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
+
+    def evened(log_weights: Tensor) -> Tensor:
+        return log_weights - even_offsets(log_weights, scope_is_real) if config.even_experts else log_weights
+
     uniforms = uniform(keys, Stream.EXPERT, gate_0.shape[1:2])
     prior_0 = among_routed(gate_0)
     joint = config.likelihood == "joint"
     log_0 = log_likelihood(features_0) if joint or features_t is None else None
     if features_t is None:
         assert log_0 is not None
-        known = prior_0 + log_0 if config.expert_draw == "posterior" else prior_0
+        known = evened((prior_0 + log_0).detach()) if config.expert_draw == "posterior" else prior_0
         guess = _guess(flow, x_0, features_0, _pick(routed, draw_expert(known, uniforms)), tokens)
         kept = uniform(keys, Stream.GUESS, (1, 1)) < 0.5  # half of the rows do without, as at the first step
         features_t = flow.trunk(path.x_t, at_t, source, mask, guess * kept, draws.at(SECOND_PASS))
@@ -248,15 +254,18 @@ def match_flow(
     else:
         prior = among_routed(gate_log_probs(flow.gate(features_t, source.mean, at_t.embedding), mask, tokens))
         log_joint = prior + log_t
+    log_posterior = evened(log_joint.detach())
+    responsibility = log_posterior.softmax(-1)
+    log_likelihoods = log_joint.logsumexp(-1)
+    if config.even_experts:  # the gradient is by the even responsibilities, the figure stays the likelihood
+        explained = (responsibility * log_joint).sum(-1) * scope_is_real
+        log_likelihoods = log_likelihoods.detach() + explained - explained.detach()
     # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
-    loss_flow = -log_joint.logsumexp(-1).sum() / (counts.weight * x_1.shape[-1])
-
-    responsibility = log_joint.detach().softmax(-1)
-    scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
+    loss_flow = -log_likelihoods.sum() / (counts.weight * x_1.shape[-1])
     loss_gate = -((responsibility * prior).sum(-1) * scope_is_real).sum() / counts.scopes
 
     # Solve from x_0 with one expert a scope, drawn and then kept; gradients pass through the solver.
-    drawn = draw_expert(log_joint if config.expert_draw == "posterior" else prior_0, uniforms)
+    drawn = draw_expert(log_posterior if config.expert_draw == "posterior" else prior_0, uniforms)
     expert = spread(_pick(routed, drawn), tokens, length)
     grid = time_grid(num_steps)
     times = evaluation_times(grid)

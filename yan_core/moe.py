@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yan_core.config import ModelConfig
-from yan_core.parallel import total
+from yan_core.parallel import gather, num_workers, total
 
 
 class ExpertHeads(nn.Module):
@@ -212,6 +212,43 @@ def expert_shares(log_probs_BSK: Tensor, real_BS: Tensor) -> Tensor:
     """
     sums = total((log_probs_BSK.exp() * real_BS[..., None]).sum((0, 1)))
     return sums / total(real_BS.sum().float()).clamp_min(1)
+
+
+def even_offsets(scores_BSK: Tensor, real_BS: Tensor) -> Tensor:
+    """What to take from each expert's scores so that the softmax over experts is about even over the scopes of all
+    workers, [num_experts], without gradient.
+
+    Each in turn gets the offset at which it has its share against the others, as in an auction, which is quick where
+    scores differ by many nats; then Sinkhorn's steps, which are exact where they differ by little.
+
+    Args:
+        scores_BSK: Log weights, they need not be normalised, [batch, scopes, num_experts].
+        real_BS: True for scopes that hold a real token, [batch, scopes].
+
+    Source: ours; evenness over a batch as in Caron et al. 2020, arXiv:2006.09882 (SwAV, by Sinkhorn alone).
+    """
+    scores_NK = _of_all_workers(scores_BSK.detach()[real_BS])
+    rows, experts = scores_NK.shape
+    offsets_K = torch.zeros_like(scores_BSK[0, 0])
+    if rows == 0 or experts == 1:
+        return offsets_K
+    own_KK = torch.eye(experts, dtype=torch.bool, device=scores_NK.device)
+    for _ in range(8):
+        for k in range(experts):
+            others_N = (scores_NK - offsets_K).masked_fill(own_KK[k], -torch.inf)
+            offsets_K[k] = torch.quantile(scores_NK[:, k] - others_N.logsumexp(-1), 1 - 1 / experts)
+    for _ in range(8):
+        offsets_K += (scores_NK - offsets_K).log_softmax(-1).logsumexp(0) - math.log(rows / experts)
+    return offsets_K
+
+
+def _of_all_workers(values_NK: Tensor) -> Tensor:
+    """Rows of all workers, which may have unlike numbers of them."""
+    if num_workers() == 1:
+        return values_NK
+    counts = gather(torch.tensor([len(values_NK)], device=values_NK.device))[:, 0].tolist()
+    everyone = gather(F.pad(values_NK, (0, 0, 0, max(counts) - len(values_NK))))
+    return torch.cat([rows[:count] for rows, count in zip(everyone, counts, strict=True)])
 
 
 def balance_loss(share_K: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ FLOW = replace(LOSS, weight_gate=0.5, weight_balance=1.0, weight_entropy=0.3, fi
 LOSSES: dict[str, tuple[FlowLossConfig | AutoencoderLossConfig, dict]] = {
     "autoencoder": (STAGE_1, {"dropout": 0.2}),
     "sequence": (replace(FLOW, weight_mmd=1.0, mmd_tokens=30), {}),
+    "even": (replace(FLOW, even_experts=True), {"expert_scope": "segment"}),
     "token": (FLOW, {"expert_scope": "token", "dropout": 0.2, "self_conditioning": True}),
     "segment": (replace(FLOW, likelihood="marginal"), {"expert_scope": "segment", "num_experts": 4, "top_k": 2}),
     "lengths": (FLOW, {"length": "predicted", "prediction": "endpoint", "dropout": 0.1}),

@@ -1,6 +1,7 @@
 """Losses: against plain flow matching and a readable reference, and what counts in them."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,35 @@ def test_dropout_in_the_source_follows_from_the_keys() -> None:
         torch.manual_seed(i)
         flow_loss(model, replace(batch, keys=keys), LOSS, 1)
     assert torch.equal(read[0], read[1]) and not torch.allclose(read[0], read[2])
+
+
+def test_even_experts_all_learn_where_one_is_ahead_in_every_row() -> None:
+    model, batch = tiny_model(expert_scope="segment"), partly_masked(tiny_batch(rows=24))
+    with torch.no_grad():
+        model.flow.experts.b_out_KD[1:] += 5.0  # the first alone is anywhere near
+    grads = {}
+    for even in (False, True):
+        model.zero_grad()
+        config = replace(LOSS, even_experts=even, weight_end=0.0, weight_ce=0.0, weight_gate=1.0, weight_balance=0.0)
+        output = flow_loss(model, batch, config, 1)
+        output.total.backward()
+        grad = model.flow.experts.w_in_KDF.grad
+        assert grad is not None
+        grads[even] = [float(part.norm()) for part in grad]
+    assert max(grads[False][1:]) < 1e-3 * grads[False][0]
+    assert min(grads[True]) > 0.05 * max(grads[True])
+
+
+@pytest.mark.parametrize("changes", [{}, {"self_conditioning": True}, {"num_experts": 1}])
+def test_even_experts_change_no_likelihood_and_nothing_for_one_expert(changes: dict[str, Any]) -> None:
+    model, batch = tiny_model(**changes), partly_masked(tiny_batch())
+    usual, even = (flow_loss(model, batch, replace(LOSS, even_experts=even), 2).parts for even in (False, True))
+    if not model.config.self_conditioning:  # where the guess is another expert's
+        torch.testing.assert_close(even["loss_flow"], usual["loss_flow"])
+    if model.config.num_experts == 1:
+        torch.testing.assert_close(even, usual)
+    else:
+        assert not torch.allclose(even["loss_gate"], usual["loss_gate"])
 
 
 def test_a_length_head_learns_the_number_of_real_tokens() -> None:

@@ -12,6 +12,7 @@ from yan_core.moe import (
     Gate,
     balance_loss,
     draw_expert,
+    even_offsets,
     expert_shares,
     gate_entropy,
     gate_log_probs,
@@ -253,3 +254,29 @@ def test_one_head_a_token_equals_all_gathered_on_a_gpu_and_so_do_gradients(dtype
         grads.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *made.parameters()])])
     for one, gathered in zip(*grads, strict=True):
         torch.testing.assert_close(one, gathered, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 300.0])
+@pytest.mark.parametrize("experts", [2, 4, 8])
+def test_offsets_make_the_experts_shares_of_a_batch_even(experts: int, spread: float) -> None:
+    """However far one expert is ahead on all rows, and however sure each row is."""
+    scores = spread * randn(32, 2, experts) + torch.linspace(0, 500, experts)
+    real = torch.arange(2) < torch.tensor([1, 2])[torch.arange(32) % 2][:, None]
+    offsets = even_offsets(scores, real)
+    shares = (scores - offsets).softmax(-1)[real].mean(0)
+    assert shares.sum() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(shares, torch.full((experts,), 1 / experts), atol=0.05, rtol=0)
+    hidden = scores.masked_fill(~real[..., None], 1e6)
+    assert torch.equal(even_offsets(hidden, real), offsets)
+
+
+def test_rows_that_prefer_different_experts_keep_them() -> None:
+    scores = 30.0 * torch.eye(4).repeat(3, 1)[:, None]
+    ahead = scores + torch.tensor([7.0, 0.0, -3.0, 100.0])
+    responsibility = (ahead - even_offsets(ahead, torch.ones(12, 1, dtype=torch.bool))).softmax(-1)
+    torch.testing.assert_close(responsibility, scores.softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_one_expert_and_no_row_need_no_offset() -> None:
+    assert even_offsets(randn(3, 2, 1), torch.ones(3, 2, dtype=torch.bool)).tolist() == [0]
+    assert even_offsets(randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.bool)).tolist() == [0] * 4
