@@ -273,19 +273,26 @@ def over_seeds(report: Report) -> str:
     columns = [f"seed {of['config']['seed']}" for of in every]
     lines = [
         f"Trained with several seeds, at {MAIN_STEPS} steps; weights, order and noise of the training follow from the "
-        "seed, the rows are the same. How far apart seeds are tells more of chance than an interval over rows:",
+        "seed, the rows are the same. How far apart seeds are tells more of chance than an interval over rows. In "
+        "brackets what a baseline's answers reach that are drawn, as YAN's are, and not the likeliest:",
         "",
-        f"| model | {' | '.join(columns)} | mean |",
+        f"| model | {' | '.join(columns)} | mean of these |",
         f"|---|{'---:|' * len(every)}---:|",
     ]
     for name, contestant in report["contestants"].items():
-        found = [of["contestants"].get(name) for of in every]
-        values = [None if of is None else 100 * main_quality(of)["value"] for of in found]
-        known = [value for value in values if value is not None]
+        found = [main_quality(of["contestants"][name]) if name in of["contestants"] else None for of in every]
+        known = [quality["value"] for quality in found if quality is not None]
         if len(known) > 1:
-            cells = " | ".join("" if value is None else f"{value:.1f}" for value in values)
-            lines.append(f"| {contestant['label']} | {cells} | {statistics.mean(known):.1f} |")
+            cells = " | ".join(map(_of_seed, found))
+            lines.append(f"| {contestant['label']} | {cells} | {100 * statistics.mean(known):.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _of_seed(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return ""
+    drawn = quality["metrics"].get(f"{quality['metric']}_drawn")
+    return f"{100 * quality['value']:.1f}" + ("" if drawn is None else f" ({100 * drawn:.1f})")
 
 
 def page(reports: Sequence[Report], verdict: str = "") -> str:
