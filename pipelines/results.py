@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.folders import difference
 from yan_core.bootstrap import paired_difference
+from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.files import write_file
 from yan_core.metrics import scale
 
@@ -253,16 +255,19 @@ def with_other_seeds(reports: Sequence[Report]) -> list[dict[str, Any]]:
         other = found.pop(name)
         first = found.get(name.rpartition("_")[0])
         if first is None or _but_for_the_seed(first) != _but_for_the_seed(other):
+            differ = difference(_but_for_the_seed(first), _but_for_the_seed(other)) if first else "there is none"
             raise ValueError(
                 f"{name} stands for another seed of {name.rpartition('_')[0]}: there must be a report of that name "
-                "with the same config but for name and seed"
+                f"with the same config but for name and seed; {differ}"
             )
         first.setdefault("seeds", []).append(other)
     return list(found.values())
 
 
 def _but_for_the_seed(report: Report) -> dict[str, Any]:
-    return {key: value for key, value in report["config"].items() if key not in ("name", "seed")}
+    """Settings since come by have their defaults."""
+    config = to_dict(from_dict(RunConfig, report["config"]))
+    return {key: value for key, value in config.items() if key not in ("name", "seed")}
 
 
 def over_seeds(report: Report) -> str:
@@ -270,21 +275,25 @@ def over_seeds(report: Report) -> str:
     if not report.get("seeds"):
         return ""
     every = sorted([report, *report["seeds"]], key=lambda of: of["config"]["seed"])
-    columns = [f"seed {of['config']['seed']}" for of in every]
+    found = {
+        name: [main_quality(of["contestants"][name]) if name in of["contestants"] else None for of in every]
+        for name in report["contestants"]
+    }
+    found = {name: values for name, values in found.items() if sum(value is not None for value in values) > 1}
+    shared = [i for i in range(len(every)) if all(values[i] is not None for values in found.values())]
+    seeds = [str(of["config"]["seed"]) for of in every]
     lines = [
         f"Trained with several seeds, at {MAIN_STEPS} steps; weights, order and noise of the training follow from the "
-        "seed, the rows are the same. How far apart seeds are tells more of chance than an interval over rows. In "
-        "brackets what a baseline's answers reach that are drawn, as YAN's are, and not the likeliest:",
+        "seed, and of the built-in world the rows. How far apart seeds are tells more of chance than an interval over "
+        "rows. In brackets what a baseline's answers reach that are drawn, as YAN's are, and not the likeliest:",
         "",
-        f"| model | {' | '.join(columns)} | mean of these |",
+        f"| model | {' | '.join(f'seed {seed}' for seed in seeds)} | mean of {', '.join(seeds[i] for i in shared)} |",
         f"|---|{'---:|' * len(every)}---:|",
     ]
-    for name, contestant in report["contestants"].items():
-        found = [main_quality(of["contestants"][name]) if name in of["contestants"] else None for of in every]
-        known = [quality["value"] for quality in found if quality is not None]
-        if len(known) > 1:
-            cells = " | ".join(map(_of_seed, found))
-            lines.append(f"| {contestant['label']} | {cells} | {100 * statistics.mean(known):.1f} |")
+    for name, values in found.items():
+        mean = statistics.mean(quality["value"] for i in shared if (quality := values[i]) is not None)
+        cells = " | ".join(map(_of_seed, values))
+        lines.append(f"| {report['contestants'][name]['label']} | {cells} | {100 * mean:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -193,9 +193,9 @@ def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     return prepared
 
 
-TRAINED = "trained.json"
 CHOOSING = ("num_steps", "batch_size", "sampling", "every_steps", "rows_while_training", "keep")
 """What the choice of the best weights depends on, of the evaluation's settings."""
+TRAINED = "trained.json"
 """In a run's folder: how long its training took in all, however often it was interrupted."""
 
 
@@ -256,8 +256,8 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     seconds: dict[str, float] = {}
     config = with_architecture_of_start(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
-    check_models(config.evaluation)
     if fresh or _known_run(folder, final) is None:
+        check_models(config.evaluation)
         check_tracking(config)  # a run that is known to MLflow goes on without it
     with run_lock(folder, fresh), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         started = time.perf_counter()

@@ -61,7 +61,9 @@ class Baseline(nn.Module, ABC):
             length: Most tokens of an answer.
             num_steps: Passes of a model that may choose them; the others take one a token.
             lengths: Each answer's number of tokens, where it is told, int64, [batch].
-            keys: Of each row, to draw each token from its distribution, int64, [batch]; None: greedy, the likeliest.
+            keys: Of each row, to draw each token from its distribution, int64, [batch]; None: greedy, the likeliest. Of
+                what masked diffusion draws it keeps the surest, pass by pass, so that over several passes the likelier
+                come more often than they would.
         """
 
     def num_parameters(self, embeddings: bool = True) -> int:

@@ -302,8 +302,9 @@ class FlowLossConfig:
     """Which distribution the solver's expert is drawn from in training; the paper draws from the gate's prior."""
     even_experts: bool = False
     """Whether each expert learns from about as many scopes of a batch as every other (of each part, where
-    scaling.accumulation cuts it). For tasks with several right answers: the posterior gives all rows to an expert that
-    is a little better at first, and `weight_balance` moves the gate alone. Wants model.top_k 0."""
+    scaling.accumulation cuts it; scopes of filling aside). For tasks with several right answers, where the posterior
+    may give nearly all rows to one expert; `weight_balance` moves the gate alone. Wants expert_draw `posterior` and
+    model.top_k 0."""
     solver_steps: tuple[int, ...] = (1, 1, 2, 2, 3, 3, 4, 8)
     """The number of Euler steps of the training solver is drawn from these, anew for each batch; what is named twice is
     drawn twice as often. Earlier code trained at a fixed number failed at every other one, which was not seen again
@@ -350,6 +351,10 @@ class FlowLossConfig:
         for name in ("flow", "end", "ce", "gate", "balance", "entropy", "length", "l2", "mmd"):
             value = getattr(self, f"weight_{name}")
             _require(value >= 0 and math.isfinite(value), f"flow_loss.weight_{name} must be finite, >= 0, got {value}")
+        _require(
+            not self.even_experts or self.expert_draw == "posterior",
+            "flow_loss.even_experts wants flow_loss.expert_draw posterior: the gate's prior knows nothing of evenness",
+        )
         _require(self.corpus_max_span >= 1, f"flow_loss.corpus_max_span must be >= 1, got {self.corpus_max_span}")
         _require(self.sigma > 0, f"flow_loss.sigma must be > 0, got {self.sigma}")
         _require(

@@ -147,8 +147,8 @@ class TextGenerator:
             lengths: Each answer's number of tokens, where it is known.
             deterministic: Draw the noise on the CPU and compute every source by itself, in a shape that its own length
                 decides, so that rounding too is the same in any company. Slower, as nothing is shared.
-            do_sample: Have a baseline draw each token from its distribution, by the seed, in place of the likeliest;
-                YAN draws in any case.
+            do_sample: Have a baseline draw each token by the seed in place of the likeliest (`Baseline.answer`); YAN
+                draws in any case.
 
         Raises:
             ValueError: If an argument is out of range.

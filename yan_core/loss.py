@@ -231,9 +231,12 @@ def match_flow(
         return velocity_log_likelihood(outputs(features), goal, weight, config.sigma, tokens)
 
     scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
+    says_something = sum_scopes((weight >= 1)[..., None], mask, tokens)[..., 0] > 0  # more than filling
 
     def evened(log_weights: Tensor) -> Tensor:
-        return log_weights - even_offsets(log_weights, scope_is_real) if config.even_experts else log_weights
+        if not config.even_experts:
+            return log_weights
+        return log_weights - even_offsets(log_weights, says_something) * says_something[..., None]
 
     uniforms = uniform(keys, Stream.EXPERT, gate_0.shape[1:2])
     prior_0 = among_routed(gate_0)
@@ -258,7 +261,7 @@ def match_flow(
     responsibility = log_posterior.softmax(-1)
     log_likelihoods = log_joint.logsumexp(-1)
     if config.even_experts:  # the gradient is by the even responsibilities, the figure stays the likelihood
-        explained = (responsibility * log_joint).sum(-1) * scope_is_real
+        explained = (responsibility * log_joint).sum(-1)
         log_likelihoods = log_likelihoods.detach() + explained - explained.detach()
     # Divided by the width after the log-sum-exp: inside it would soften the competition of the experts.
     loss_flow = -log_likelihoods.sum() / (counts.weight * x_1.shape[-1])

@@ -219,11 +219,12 @@ def even_offsets(scores_BSK: Tensor, real_BS: Tensor) -> Tensor:
     workers, [num_experts], without gradient.
 
     Each in turn gets the offset at which it has its share against the others, as in an auction, which is quick where
-    scores differ by many nats; then Sinkhorn's steps, which are exact where they differ by little.
+    scores differ by many nats; then Sinkhorn's steps, which are exact where they differ by little. Few scopes an expert
+    leave the shares less even.
 
     Args:
         scores_BSK: Log weights, they need not be normalised, [batch, scopes, num_experts].
-        real_BS: True for scopes that hold a real token, [batch, scopes].
+        real_BS: True for scopes that count, [batch, scopes].
 
     Source: ours; evenness over a batch as in Caron et al. 2020, arXiv:2006.09882 (SwAV, by Sinkhorn alone).
     """

@@ -178,7 +178,7 @@ def test_what_a_change_is_worth_is_told_beside_the_recipe_row_by_row():
 
 def test_reports_of_other_seeds_go_into_a_table_of_the_first_one():
     def report(name: str, seed: int, steps: int = 9, **values: float) -> dict[str, Any]:
-        config = {"name": f"{name}, here", "seed": seed, "stages": steps}
+        config = {"name": f"{name}-here", "seed": seed, "stages": {"flow": {"max_steps": steps}}}
         of = {key: changed(key.upper(), "yan", {1: [0.0], 3: [value]}) for key, value in values.items()}
         return {"name": name, "config": config, "contestants": of}
 
@@ -189,12 +189,12 @@ def test_reports_of_other_seeds_go_into_a_table_of_the_first_one():
     assert (gathered["name"], other["name"]) == ("world", "events") and over_seeds(other) == ""
     lines = over_seeds(gathered).splitlines()
     assert lines[2:] == [
-        "| model | seed 0 | seed 1 | seed 2 | mean of these |",
+        "| model | seed 0 | seed 1 | seed 2 | mean of 0, 1 |",
         "|---|---:|---:|---:|---:|",
-        "| YAN | 50.0 | 100.0 | 12.5 | 54.2 |",
+        "| YAN | 50.0 | 100.0 | 12.5 | 75.0 |",
         "| K1 | 25.0 | 75.0 (50.0) |  | 50.0 |",
     ]
-    with pytest.raises(ValueError, match="world_seed1 stands for another seed of world: there must be a report"):
+    with pytest.raises(ValueError, match=r"world_seed1 stands for another seed of world: .*max_steps: 9 -> 8"):
         with_other_seeds([first, report("world_seed1", 1, steps=8, yan=1.0)])
     with pytest.raises(ValueError, match="events_seed1 stands for another seed of events"):
         with_other_seeds([first, report("events_seed1", 1, yan=1.0)])

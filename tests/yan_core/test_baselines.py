@@ -10,7 +10,7 @@ import torch
 
 import yan_core
 from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_batch
-from yan_core.baselines import ARDecoder, EncoderDecoder, pad_left
+from yan_core.baselines import ARDecoder, EncoderDecoder, next_token, pad_left
 from yan_core.batching import EOS, Batch, pad_rows
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, FlowLossConfig, RunConfig, TokenizerConfig, from_dict
@@ -228,6 +228,17 @@ def test_drawn_answers_are_of_their_keys_and_depend_on_no_padding_or_company(mak
         assert torch.equal(model.answer(alone, mask, 9, 9, told[i : i + 1], keys[i : i + 1])[0], ids[i : i + 1])
     assert not torch.equal(model.answer(*SOURCES, 9, 9, told, keys + 1)[0], ids)
     assert not torch.equal(model.answer(*SOURCES, 9, 9, told)[0], ids)
+
+
+def test_each_place_and_each_pass_has_noise_of_its_own() -> None:
+    flat, keys = torch.zeros(200, 50), torch.arange(200)
+    first, second = next_token(flat, 0, keys=keys), next_token(flat, 1, keys=keys)
+    assert float((first == second).float().mean()) < 0.1  # by chance 1 in 50
+    model = mdm()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    ids, _ = model.answer(*(value[:1].expand(200, -1) for value in SOURCES), 4, 4, torch.full((200,), 4), keys)
+    assert all(float((ids[:, i] == ids[:, j]).float().mean()) < 0.15 for i in range(4) for j in range(i))
 
 
 @pytest.mark.parametrize("make", [ar, bart, mdm])

@@ -110,6 +110,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_offered(values: dict[str, Any
 @pytest.mark.parametrize(
     ("values", "pattern"),
     [
+        ({"flow_loss": {"even_experts": True, "expert_draw": "prior"}}, "even_experts wants .*expert_draw posterior"),
+        ({"flow_loss": {"even_experts": True}, "model": {"top_k": 2}}, "even_experts wants model.top_k 0, got 2"),
         ({"seed": "1"}, r"^seed must be of type int, got '1' \(str\)"),
         ({"seed": True}, r"^seed must be of type int, got True"),
         ({"seed": 1.0}, r"^seed must be of type int, got 1\.0"),

@@ -222,6 +222,43 @@ def test_even_experts_all_learn_where_one_is_ahead_in_every_row() -> None:
     assert min(grads[True]) > 0.05 * max(grads[True])
 
 
+@pytest.mark.parametrize("even", [False, True])
+def test_the_solver_too_draws_even_experts(even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the guess of self-conditioning before it."""
+    model, batch = tiny_model(self_conditioning=True), partly_masked(tiny_batch(rows=48))
+    with torch.no_grad():
+        model.flow.experts.b_out_KD[1:] += 5.0
+    one, drawn = model.flow.experts.one, []
+
+    def watched(features: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.bincount(expert[:, 0], minlength=3).tolist())
+        return one(features, expert)
+
+    monkeypatch.setattr(model.flow.experts, "one", watched)
+    flow_loss(model, batch, replace(LOSS, even_experts=even), 1)
+    guess, solver = drawn
+    assert all(min(counts) >= 10 for counts in (guess, solver)) if even else guess == solver == [48, 0, 0]
+
+
+def test_even_experts_are_even_over_what_says_something_and_not_over_filling() -> None:
+    """Else one expert could have all words, and the others all that fills short answers up."""
+    model = tiny_model(expert_scope="token")
+    ids = torch.full((16, LENGTH), EOS)
+    ids[:, :2] = 5
+    batch = replace(tiny_batch(rows=16), target_ids=ids, target_mask=torch.ones(16, LENGTH, dtype=torch.bool))
+    config = replace(LOSS, even_experts=True, fill_weight=0.1)
+    seen = []
+
+    def watched(scores: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        seen.append(counted)
+        return torch.zeros(3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yan_core.loss.even_offsets", watched)
+        flow_loss(model, batch, config, 1)
+    assert seen[0].tolist() == [[True] * 3 + [False] * (LENGTH - 3)] * 16  # two words and the end of the text
+
+
 @pytest.mark.parametrize("changes", [{}, {"self_conditioning": True}, {"num_experts": 1}])
 def test_even_experts_change_no_likelihood_and_nothing_for_one_expert(changes: dict[str, Any]) -> None:
     model, batch = tiny_model(**changes), partly_masked(tiny_batch())
