@@ -30,8 +30,10 @@ from pipelines.cli import UsageError, parse_config
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
+from pipelines.state import STAGES
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import PACKAGES, code_commit, code_fingerprint
+from yan_core.tasks import get_task
 
 TRACKING = "MLFLOW_TRACKING_URI"
 CONFIG = "job.yaml"
@@ -47,13 +49,25 @@ class JobError(RuntimeError):
 # --- before anything is sent ------------------------------------------------------------------------------------------
 
 
-def check_paths(config: RunConfig) -> None:
-    """Refuse paths that mean another place on another node: a job's own folder goes when the job ends.
+def check_job(config: RunConfig, trains: bool = True) -> None:
+    """Refuse what would fail on the cluster: no such task, nothing to train, and paths that mean another place on
+    another node, as a job's own folder goes when the job ends.
 
     Raises:
-        UsageError: Naming each of them.
+        UsageError: If nothing is trained; or naming each such path.
+        ValueError: If there is no such task.
     """
-    paths = {"runs_dir": config.runs_dir, "init_from": config.init_from, "scaling.storage": config.scaling.storage}
+    get_task(config.data.task)
+    if trains and not any(getattr(config.stages, stage).max_steps for stage in STAGES):
+        raise UsageError("every stage has max_steps=0: nothing to train")
+    paths = {
+        "runs_dir": config.runs_dir,
+        "init_from": config.init_from,
+        "scaling.storage": config.scaling.storage,
+        "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
+        "evaluation.bertscore_model": config.evaluation.bertscore_model,
+        "evaluation.perplexity_model": config.evaluation.perplexity_model,
+    }
     for name in (config.data.dataset, *corpora_of(config.data)):
         dataset = find_dataset(config.data, name)
         if dataset.format in ("parquet", "jsonl", "csv", "text"):
@@ -267,7 +281,7 @@ def submit_main(args: list[str]) -> int:
     parser.add_argument("--no-wait", action="store_true", help="leave when the job is started")
     chosen, rest = parser.parse_known_args(args)
     config = parse_config("submit", rest)
-    check_paths(config)
+    check_job(config, trains=chosen.command != "prepare")
     variables = environment(chosen.env)
     client = connect(chosen.address)
     job = submit(client, chosen.command, config, variables, int(chosen.max_upload_mb * 1e6))

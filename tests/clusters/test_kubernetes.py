@@ -203,9 +203,9 @@ def test_services_find_pods():
 def test_job_runs_a_command_that_the_cli_takes():
     (job,) = find("RayJob")
     words = shlex.split(job["spec"]["entrypoint"])
-    assert words[:4] == ["python", "-m", "pipelines", "train"]
+    assert words[:4] == ["python", "-m", "pipelines", "run"]  # `train` would leave no model for the service
     arguments = [word.replace("/opt/yan", str(ROOT)) for word in words[4:]]
-    scaling = parse_config("train", arguments).scaling
+    scaling = parse_config("run", arguments).scaling
     gpu, cpu = cluster_of(job)["workerGroupSpecs"]
     assert scaling.use_gpu and scaling.max_workers <= gpu["maxReplicas"]
     assert scaling.cpus_per_worker < int(gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])

@@ -43,6 +43,17 @@ def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "runs_dir=runs: a job needs absolute paths"),
         (["--runs_dir", "/runs", "--init_from", "runs/world/model"], "init_from=runs/world/model"),
         (["--runs_dir", "/runs", "--env", "YAN_NO_SUCH"], "--env YAN_NO_SUCH"),
+        (["--runs_dir", "/runs", "--data.task", "question_answerin"], "data.task: unknown name 'question_answerin'"),
+        (
+            [
+                "--runs_dir",
+                "/runs",
+                *(f"--stages.{stage}.max_steps=0" for stage in ("autoencoder", "flow", "finetune")),
+            ],
+            "every stage has max_steps=0: nothing to train",
+        ),
+        (["--runs_dir", "/runs", "--tracking.uri", "sqlite:///mlflow.db"], "tracking.uri=mlflow.db"),
+        (["--runs_dir", "/runs", "--evaluation.perplexity_model", "gpt2"], "evaluation.perplexity_model=gpt2"),
     ],
 )
 def test_mistake_is_found_before_a_cluster_is_asked(nobody_is_asked, capsys, arguments: list[str], message: str):
@@ -66,9 +77,9 @@ def test_data_set_of_relative_files_is_refused():
         },
     }
     with pytest.raises(UsageError, match="data.datasets.own.train="):
-        jobs.check_paths(from_dict(RunConfig, settings))
+        jobs.check_job(from_dict(RunConfig, settings))
     settings["data"]["root"] = "s3://bucket/data"
-    jobs.check_paths(from_dict(RunConfig, settings))
+    jobs.check_job(from_dict(RunConfig, settings))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
