@@ -11,6 +11,7 @@ from tests.yan_core.tiny import random_rows, tiny_model
 from yan_core.batching import pad_rows
 from yan_core.config import Method
 from yan_core.moe import scope_length
+from yan_core.noise import RowDraws
 from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
 
 METHODS = get_args(Method)
@@ -128,6 +129,30 @@ def test_trunk_passes_are_counted_and_one_expert_serves_them_all(
     assert seen[0].shape == (2, length)
     for start in range(0, length, tokens):
         assert (seen[0][:, start : start + tokens] == seen[0][:, start : start + 1]).all()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_a_field_s_real_tokens_do_not_feel_the_padding(guidance_scale: float) -> None:
+    model = tiny_model(expert_scope="sequence")
+    source = model.encode_source(*pad_rows(random_rows([5, 2]), 0))
+    x, times = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)), evaluation_times(time_grid(2))
+    mask, uniforms = torch.arange(9).expand(2, -1) < 6, torch.tensor([[0.2], [0.7]])
+    padded = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=guidance_scale)
+    short = FrozenExpertField(model.flow, source, times, None, uniforms=uniforms, guidance_scale=guidance_scale)
+    for i in (0, 1):
+        torch.testing.assert_close(padded(x, i)[:, :6], short(x[:, :6], i), atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_of_the_solver_s_passes_follows_from_the_rows_keys() -> None:
+    model = tiny_model(dropout=0.3, num_experts=1).train()
+    source = model.encode_source(*pad_rows(random_rows([5, 2]), 0), RowDraws(torch.tensor([1, 2])))
+    x, times = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)), evaluation_times(time_grid(2))
+    found = []
+    for keys in ([1, 2], [1, 2], [3, 4]):
+        torch.manual_seed(len(found))
+        expert, draws = torch.zeros(2, 6, dtype=torch.long), RowDraws(torch.tensor(keys))
+        found.append(FrozenExpertField(model.flow, source, times, None, expert=expert, draws=draws)(x, 1))
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
 def test_field_is_the_chosen_experts_velocity() -> None:
