@@ -129,6 +129,7 @@ class Gate:
         self.metrics.answered(route, status, seconds)
         told = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "replica": self.metrics.replica,
             "method": scope["method"],
             "route": route,
             "status": status,

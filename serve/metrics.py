@@ -32,7 +32,7 @@ class Metrics:
             replica: Label of every series.
         """
         self.registry = CollectorRegistry()
-        self._replica = replica
+        self.replica = replica
         labels = ["replica"]
 
         def counter(name: str, text: str, *more: str) -> Counter:
@@ -54,36 +54,36 @@ class Metrics:
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
-        self._requests.labels(self._replica, route, str(status)).inc()
-        self._latency.labels(self._replica, route).observe(seconds)
+        self._requests.labels(self.replica, route, str(status)).inc()
+        self._latency.labels(self.replica, route).observe(seconds)
 
     def watch_queue(self, model: str, size: Callable[[], int]) -> None:
         """Ask for the length of a model's queue whenever metrics are read."""
-        self._queue.labels(self._replica, model).set_function(size)
+        self._queue.labels(self.replica, model).set_function(size)
 
     def forget_queue(self, model: str) -> None:
         """The model is gone."""
         with contextlib.suppress(KeyError):
-            self._queue.remove(self._replica, model)
+            self._queue.remove(self.replica, model)
 
     def refused(self, address: str) -> None:
         """Count a version that an alias stands for and that does not work."""
-        self._refused.labels(self._replica, address).inc()
+        self._refused.labels(self.replica, address).inc()
 
     def batch(self, model: str, jobs: Sequence[Job], seconds: float) -> None:
         """Count a batch."""
-        self._batch.labels(self._replica, model).observe(len(jobs))
-        self._draw.labels(self._replica, model).observe(seconds)
+        self._batch.labels(self.replica, model).observe(len(jobs))
+        self._draw.labels(self.replica, model).observe(seconds)
 
     def drawn(self, model: str, source_tokens: int, drawn: Drawn, queue_s: float) -> None:
         """Count the answers of a source."""
-        self._wait.labels(self._replica, model).observe(queue_s)
-        self._nfe.labels(self._replica, model).inc(drawn.nfe * len(drawn.candidates))
-        self._tokens.labels(self._replica, model, "source").inc(source_tokens)
-        self._tokens.labels(self._replica, model, "answer").inc(sum(len(c.tokens) for c in drawn.candidates))
+        self._wait.labels(self.replica, model).observe(queue_s)
+        self._nfe.labels(self.replica, model).inc(drawn.nfe * len(drawn.candidates))
+        self._tokens.labels(self.replica, model, "source").inc(source_tokens)
+        self._tokens.labels(self.replica, model, "answer").inc(sum(len(c.tokens) for c in drawn.candidates))
         experts = Counts(expert for candidate in drawn.candidates for expert in candidate.experts)
         for expert, count in experts.items():
-            self._experts.labels(self._replica, model, str(expert)).inc(count)
+            self._experts.labels(self.replica, model, str(expert)).inc(count)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

@@ -219,24 +219,22 @@ def match_flow(
     if flow.config.top_k:
         routed = choose_experts(gate_0, uniform(keys, Stream.ROUTING, tuple(gate_0.shape[1:])), flow.config.top_k)
 
-    def outputs(features: Tensor) -> Tensor:
-        return (
-            flow.experts(features) if routed is None else flow.experts.chosen(features, spread(routed, tokens, length))
-        )
-
     def among_routed(gate: Tensor) -> Tensor:
         return gate if routed is None else gate.gather(-1, routed).log_softmax(-1)
 
     def log_likelihood(features: Tensor) -> Tensor:
-        return velocity_log_likelihood(outputs(features), goal, weight, config.sigma, tokens)
+        if routed is None:
+            outputs = flow.experts(features)
+        else:
+            outputs = flow.experts.chosen(features, spread(routed, tokens, length))
+        return velocity_log_likelihood(outputs, goal, weight, config.sigma, tokens)
 
     scope_is_real = sum_scopes(mask[..., None], mask, tokens)[..., 0] > 0
     says_something = sum_scopes((weight >= 1)[..., None], mask, tokens)[..., 0] > 0  # more than filling
 
     def evened(log_weights: Tensor) -> Tensor:
-        if not config.even_experts:
-            return log_weights
-        return log_weights - even_offsets(log_weights, says_something) * says_something[..., None]
+        offsets = even_offsets(log_weights, says_something) if config.even_experts else log_weights.new_zeros(1)
+        return log_weights - offsets * says_something[..., None]
 
     uniforms = uniform(keys, Stream.EXPERT, gate_0.shape[1:2])
     prior_0 = among_routed(gate_0)
