@@ -193,7 +193,7 @@ def match_flow(
         num_steps: Euler steps of the solver.
         counts: What the terms are divided by; None: what these rows hold.
 
-    Source: arXiv:2604.15009; joint likelihood, posterior draw and `top_k` are ours.
+    Source: arXiv:2604.15009; joint likelihood, posterior draw, even experts and `top_k` are ours.
     """
     length = mask.shape[1]
     tokens = scope_length(flow.config, length)
