@@ -188,13 +188,15 @@ def check_models(config: EvaluationConfig) -> None:
     Raises:
         ValueError: If one is not.
     """
+    from yan_core.model_metrics import check_folder
+
     for name in ("bertscore_model", "perplexity_model"):
         folder = getattr(config, name)
-        if folder and not (Path(folder) / "config.json").is_file():
-            raise ValueError(
-                f"evaluation.{name}: no model at {folder}: name a folder as transformers saves it, with config.json, "
-                "weights, tokenizer"
-            )
+        try:
+            if folder:
+                check_folder(folder)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{name}: {error}") from error
 
 
 def _measures(config: EvaluationConfig, device: str) -> dict[str, Measure]:

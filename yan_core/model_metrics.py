@@ -20,6 +20,18 @@ BATCH = 32
 """Texts that a model reads at a time."""
 
 
+def check_folder(folder: str | Path) -> None:
+    """Look for a model before it is read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"no model at {folder}: name a folder as transformers saves it, with config.json, weights, tokenizer"
+        )
+
+
 def _load(folder: str | Path, kind: str, device: str) -> tuple[Any, Any, int]:
     """Tokenizer and model of a local folder in the format of `transformers`, and its longest text in tokens."""
     try:
@@ -27,10 +39,7 @@ def _load(folder: str | Path, kind: str, device: str) -> tuple[Any, Any, int]:
     except ImportError as error:
         remedy = "in the folder of YAN's pyproject.toml: pip install -e '.[baselines]'"
         raise ImportError(f"BERTScore and perplexity need transformers; {remedy}", name=error.name) from error
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(
-            f"no model at {folder}: name a folder as transformers saves it, with config.json, weights, tokenizer"
-        )
+    check_folder(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     longest = min(
