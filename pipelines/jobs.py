@@ -30,7 +30,7 @@ from pipelines.cli import UsageError, parse_config
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
-from pipelines.state import STAGES
+from pipelines.state import check_stages
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import PACKAGES, code_commit, code_fingerprint
 from yan_core.tasks import get_task
@@ -54,12 +54,12 @@ def check_job(config: RunConfig, trains: bool = True) -> None:
     another node, as a job's own folder goes when the job ends.
 
     Raises:
-        UsageError: If nothing is trained; or naming each such path.
-        ValueError: If there is no such task.
+        UsageError: Naming each such path.
+        ValueError: If there is no such task, or nothing is trained.
     """
     get_task(config.data.task)
-    if trains and not any(getattr(config.stages, stage).max_steps for stage in STAGES):
-        raise UsageError("every stage has max_steps=0: nothing to train")
+    if trains:
+        check_stages(config)
     paths = {
         "runs_dir": config.runs_dir,
         "init_from": config.init_from,

@@ -35,7 +35,7 @@ from pipelines.publish import (
     send_unsent,
 )
 from pipelines.sources import find_dataset
-from pipelines.state import STAGES, StageJob
+from pipelines.state import STAGES, StageJob, check_stages
 from pipelines.tracking import Tracker, check_tracking
 from pipelines.train import train_stages
 from yan_core.checkpoint import CheckpointError, read_config
@@ -224,8 +224,6 @@ def train_steps(
             record.unlink(missing_ok=True)
             jobs.append(StageJob(stage, inputs, before, model, str(output), str(record)))
         model = str(output)
-    if before == fingerprint(data_inputs(config)):
-        raise ValueError("every stage has max_steps=0: nothing to train")
     if jobs:
         started = time.perf_counter()
         say(f"training: workers start: {config.scaling.max_workers}")
@@ -255,6 +253,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
     folder = Path(config.runs_dir) / config.name
     seconds: dict[str, float] = {}
     config = with_architecture_of_start(config)
+    check_stages(config)
     final = fingerprint(_final_inputs(config))  # finds most mistakes of a config before anything starts
     if fresh or _known_run(folder, final) is None:
         check_models(config.evaluation)

@@ -24,6 +24,16 @@ STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
 
 
+def check_stages(config: RunConfig) -> None:
+    """Look whether there is something to train, before anything starts.
+
+    Raises:
+        ValueError: If there is nothing.
+    """
+    if not any(getattr(config.stages, stage).max_steps for stage in STAGES):
+        raise ValueError("every stage has max_steps=0: nothing to train")
+
+
 @dataclass(frozen=True)
 class StageJob:
     """A stage to be trained.

@@ -56,6 +56,13 @@ def test_a_model_that_measures_and_is_not_there_is_told_before_anything_starts(t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_trains_nothing_is_told_before_anything_starts(tmp_path):
+    stages = {stage: {"max_steps": 0} for stage in ("autoencoder", "flow", "finetune")}
+    with pytest.raises(ValueError, match="every stage has max_steps=0: nothing to train"):
+        run(from_dict(RunConfig, {"runs_dir": str(tmp_path), "stages": stages}))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"context": "a", "question": "b", "answer": "c"}\n')
