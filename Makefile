@@ -22,6 +22,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/yan_core -m "not ray and not distributed and not e2e and not gpu"
 
 # Which branches the tests take.
+coverage: export PYTHONPATH := $(CURDIR)# the plugin, in every process
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
 	$(MAKE) --no-print-directory test RUN="coverage run"

@@ -33,7 +33,9 @@ MAX_EVERYONE = 3
 KINDS = ("where", "everyone", "object", "has", "yesno", "count", "visited")
 SENTENCE_KINDS = ("someone", "event")
 """Asked only where they are named: any of several sentences answers them, whose words must fit together."""
-ALL_KINDS = (*KINDS, *SENTENCE_KINDS)
+LONG_KINDS = ("log",)
+"""Asked only where they are named: the whole story again in other words, seven tokens of words an event."""
+ALL_KINDS = (*KINDS, *SENTENCE_KINDS, *LONG_KINDS)
 DEFAULT_WEIGHTS = {kind: 4.0 if kind == "where" else 1.0 for kind in ALL_KINDS}
 SPLITS = ("train", "validation")
 VALIDATION_ONE_IN = 20
@@ -111,15 +113,17 @@ class World:
         rooms: Person -> the room they are in; a person is absent until their first move.
         places: Object -> its holder or the room it lies in; an object is absent until it is first picked up.
         visited: Person -> the different rooms they have been in, the present one included, in order.
+        log: What happened, as person, room of it and deed.
         told: What happened, in sentences.
     """
 
-    __slots__ = ("rooms", "places", "visited", "told")
+    __slots__ = ("rooms", "places", "visited", "log", "told")
 
     def __init__(self) -> None:
         self.rooms: dict[str, str] = {}
         self.places: dict[str, str] = {}
         self.visited: dict[str, list[str]] = {}
+        self.log: list[str] = []
         self.told: list[str] = []
 
     def move(self, person: str, room: str) -> None:
@@ -130,6 +134,7 @@ class World:
         seen = self.visited.setdefault(person, [])
         if room not in seen:
             seen.append(room)
+        self.log.append(f"{person}, {room}: came in.")
 
     def take(self, person: str, thing: str) -> None:
         """Pick up an object lying in the person's room; one not seen before may lie anywhere."""
@@ -146,12 +151,14 @@ class World:
                 f"{person} cannot take the {thing}: nobody carries more than {MAX_CARRIED}; drop one first"
             )
         self.places[thing] = person
+        self.log.append(f"{person}, {self.rooms[person]}: took {thing}.")
 
     def drop(self, person: str, thing: str) -> None:
         """Leave a carried object in the person's room."""
         if self.places.get(thing) != person:
             raise ValueError(f"{person} cannot drop the {thing}: {person} does not carry it; take it first")
         self.places[thing] = self.rooms[person]
+        self.log.append(f"{person}, {self.rooms[person]}: left {thing}.")
 
     def carried(self, person: str) -> list[str]:
         """Objects the person holds."""
@@ -347,6 +354,10 @@ def _event(world: World, draw: Draw) -> tuple[str, list[str]]:
     return "Say one thing that happened.", list(dict.fromkeys(world.told))
 
 
+def _log(world: World, draw: Draw) -> tuple[str, list[str]]:
+    return "Write the log.", [" ".join(world.log)]
+
+
 _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "where": _where,
     "everyone": _everyone,
@@ -357,6 +368,7 @@ _ASK: dict[str, Callable[[World, Draw], tuple[str, list[str]]]] = {
     "visited": _visited,
     "someone": _someone,
     "event": _event,
+    "log": _log,
 }
 
 # The re-reader shares no state, table or function with the simulator above, so that either can show the other wrong.
@@ -369,7 +381,7 @@ _QUESTION = re.compile(
     r"Where is (?P<everyone>everyone)\?|Where is the (?P<object>\w+)\?|Where is (?P<where>\w+)\?"
     r"|Who has the (?P<has>\w+)\?|Is (?P<yesno>\w+) in the (?P<room>\w+)\?"
     r"|How many objects is (?P<count>\w+) carrying\?|Name a place where (?P<visited>\w+) was\."
-    r"|Say where (?P<someone>somebody) is\.|Say one (?P<event>thing) that happened\."
+    r"|Say where (?P<someone>somebody) is\.|Say one (?P<event>thing) that happened\.|Write the (?P<log>log)\."
 )
 
 
@@ -389,6 +401,7 @@ def answer_from_text(context: str, question: str) -> set[str]:
     walks: dict[str, list[str]] = {}
     holder: dict[str, str | None] = {}
     lies_in: dict[str, str] = {}
+    entries: list[str] = []
     sentences = re.split(r"(?<=\.)\s+", context.strip())
     for sentence in sentences:
         event = _EVENT.fullmatch(sentence)
@@ -397,9 +410,11 @@ def answer_from_text(context: str, question: str) -> set[str]:
         person, noun = event["person"], event["noun"]
         if event["move"]:
             walks.setdefault(person, []).append(noun)
+            entries.append(f"{person}, {noun}: came in.")
         else:
             holder[noun] = person if event["take"] else None
             lies_in[noun] = walks[person][-1] if person in walks else ""
+            entries.append(f"{person}, {lies_in[noun]}: {'took' if event['take'] else 'left'} {noun}.")
     asked = _QUESTION.fullmatch(question)
     if asked is None:
         raise ValueError(f"question must be one that the story world asks, got {question!r}")
@@ -407,6 +422,8 @@ def answer_from_text(context: str, question: str) -> set[str]:
     name = asked[kind]
     if kind == "event":
         return set(sentences)
+    if kind == "log":
+        return {" ".join(entries)}
     if kind == "someone":
         return {f"{person} is in the {walk[-1]}." for person, walk in walks.items()}
     if kind == "everyone":

@@ -134,6 +134,14 @@ def test_answers_agree_with_the_text(kind, config):
         ("How many objects is Mary carrying?", {"one"}),
         ("Name a place where Mary was.", {"kitchen", "garden"}),
         ("Say one thing that happened.", {f"{event}." for event in STORY.removesuffix(".").split(". ")}),
+        (
+            "Write the log.",
+            {
+                "Mary, kitchen: came in. Mary, kitchen: took apple. Mary, kitchen: took ball. John, office: came in. "
+                "Mary, garden: came in. Mary, garden: left apple. John, hallway: came in. John, hallway: took cup. "
+                "Mary, kitchen: came in."
+            },
+        ),
         ("Where is Anna?", set()),
         ("Who has the milk?", set()),
     ],
