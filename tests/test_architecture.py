@@ -89,3 +89,8 @@ def test_the_results_are_those_of_the_reports(tmp_path):
     write_results([*reports, "--page", str(tmp_path / "page.md"), "--short", str(tmp_path / "README.md")])
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "RESULTS.md").read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_no_page_has_a_place_that_was_to_be_filled_in():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        assert re.findall(r"\b[A-Z]+_HERE\b|\bTODO\b|\bTBD\b", path.read_text(encoding="utf-8")) == [], path.name
