@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from yan_core.config import Method, Ranking, RunConfig, SamplingConfig, from_dict, to_dict
+from yan_core.files import code_description, write_file
 
 
 class UsageError(ValueError):
@@ -34,7 +36,7 @@ def config_parser(command: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UsageError(message) from ex
 
-    parser = Parser(prog=f"yan {command}", exit_on_error=True)
+    parser = Parser(prog=f"yan {command}", exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with what differs from the defaults")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
@@ -59,6 +61,8 @@ def parse_config(command: str, args: Sequence[str]) -> RunConfig:
         if path is not None and not Path(path).is_file():
             near = sorted(str(p) for p in Path(__file__).parent.joinpath("configs").glob("*.yaml"))
             raise UsageError(f"--config: no file {path!r}. Shipped configs: {', '.join(map(os.path.relpath, near))}")
+        if path is not None:
+            _check_yaml(path)
     parser = config_parser(command)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jsonargparse announces its own future changes
@@ -70,6 +74,17 @@ def parse_config(command: str, args: Sequence[str]) -> RunConfig:
     return from_dict(RunConfig, _plain(values))
 
 
+def _check_yaml(path: str) -> None:
+    """Say which file cannot be read, and where; jsonargparse tells the place in an unnamed text."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} must be YAML: {error}") from error
+
+
 def _plain(value: Any) -> Any:
     """jsonargparse's namespaces as dictionaries."""
     if hasattr(value, "as_dict"):
@@ -78,7 +93,11 @@ def _plain(value: Any) -> Any:
 
 
 def _with_nearest(message: str) -> str:
-    """jsonargparse's message about an unknown key, with the nearest known one."""
+    """jsonargparse's message, of a wrong type in our words and of an unknown key with the nearest known one."""
+    wrong = re.search(r'Parser key "([\w.]+)":\s+Expected a (.+)\. Got value: (.*)', message)
+    if wrong:
+        kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2]))
+        return f"{wrong[1]}: must be {kind}, got {wrong[3]}"
     known = dotted_keys(to_dict(RunConfig()))
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if in_group:
@@ -106,7 +125,10 @@ def _prepare(args: list[str]) -> int:
     from pipelines.run import prepare_step
 
     folder = Path(config.runs_dir) / config.name
-    with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
+    with (
+        run_lock(folder, instead="--runs_dir or --name"),
+        ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker),
+    ):
         prepare_step(config, folder)
     return 0
 
@@ -192,8 +214,6 @@ def _evaluate(args: list[str]) -> int:
     result = summary(quality, len(rows), Path(chosen.model), chosen.data, counts)
     print(json.dumps(result, indent=2))
     if chosen.json:
-        from yan_core.files import write_file
-
         write_file(Path(chosen.json), json.dumps(result, indent=2))
     return 0
 
@@ -254,7 +274,8 @@ def _generate(args: list[str]) -> int:
         fresh=chosen.fresh,
         say=lambda line: print(line, flush=True),
     )
-    print(f"{manifest['rows']} rows in {chosen.output}, {manifest['failed']} failed", flush=True)
+    cut = f", {manifest['sources_cut']} read in part, being too long" * bool(manifest["sources_cut"])
+    print(f"{manifest['rows']} rows in {chosen.output}, {manifest['failed']} failed{cut}", flush=True)
     if manifest["first_failed"]:
         first = manifest["first_failed"]
         print(f"the first that failed, row {first['row_number'] + 1} of {first['file']}: {first['error']}", flush=True)
@@ -426,9 +447,16 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "yan <command> --help for more",
+            "yan <command> --help for more, yan --version for which copy of the code this is",
         ]
     )
+
+
+def _said(error: Exception) -> str:
+    """A message without Python's numbers, and with what to do where the disk is full."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left for {error.filename or 'a file'}: free some, then give the same command again"
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -437,6 +465,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"yan {code_description()}")
+        return 0
     if args[0] not in COMMANDS:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
         print(
@@ -462,5 +493,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours = type(error).__module__.split(".")[0] in ("yan_core", "pipelines", "serve")
         if os.environ.get("YAN_TRACEBACK") or (isinstance(error, RuntimeError) and not ours):
             raise
-        print(f"yan {args[0]}: {error}", file=sys.stderr)
+        print(f"yan {args[0]}: {_said(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -51,11 +51,17 @@ def run_lock(folder: Path, fresh: bool = False, instead: str = "--name") -> Iter
         instead: The option that names another folder.
 
     Raises:
-        ValueError: If another one does; names its process.
+        ValueError: If another one does; names its process. If the folder cannot be written to.
     """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made and written to: {error.strerror}; choose another {instead}"
+        ) from error
     with (folder / ".lock").open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -101,8 +101,10 @@ def read_constants(file: Path) -> dict[str, float]:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--constants {file}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"--constants {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"--constants {file} must be JSON: {error}") from error
     if not isinstance(found, dict) or not all(type(v) in (int, float) for v in found.values()):
         raise ValueError(f"--constants {file} must be a JSON object of numbers by name")
     known = [field.name for field in fields(Hardware)]
@@ -226,8 +228,8 @@ class Plan:
         tokens_per_s: Target tokens of all workers.
         tokens_per_s_each: Of one worker.
         reading_cores: CPU cores that read for a worker, so that it does not wait.
-        memory_bytes: Of a worker: weights, gradients, optimizer and averages; activations come on top.
-        fits: Whether that leaves a fifth of a worker's memory free.
+        weights_bytes: Memory of a worker for weights, gradients, optimizer and averages; activations come on top.
+        weights_fit: Whether that leaves a fifth of a worker's memory free for activations.
         checkpoint_bytes: Size of a checkpoint.
         checkpoint_wait_s: Time that training waits for a checkpoint.
         checkpoint_write_s: Time until it is written.
@@ -247,8 +249,8 @@ class Plan:
     tokens_per_s: float
     tokens_per_s_each: float
     reading_cores: float
-    memory_bytes: float
-    fits: bool
+    weights_bytes: float
+    weights_fit: bool
     checkpoint_bytes: float
     checkpoint_wait_s: float
     checkpoint_write_s: float
@@ -325,8 +327,8 @@ def make_plan(job: Job, hardware: Hardware) -> Plan:
         tokens_per_s=job.batch_rows * job.target_tokens / step,
         tokens_per_s_each=rows * job.target_tokens / step,
         reading_cores=read * hardware.cores / own,
-        memory_bytes=held,
-        fits=held < 0.8 * hardware.memory_bytes,
+        weights_bytes=held,
+        weights_fit=held < 0.8 * hardware.memory_bytes,
         checkpoint_bytes=checkpoint,
         checkpoint_wait_s=wait,
         checkpoint_write_s=write,
@@ -438,7 +440,7 @@ def main(args: Sequence[str]) -> int:
         plans[f"{gpus} workers"] = make_plan(job, hardware)
     print(table(plans))
     for gpus, (name, plan) in zip(chosen.gpus, plans.items(), strict=True):
-        if not plan.fits:
+        if not plan.weights_fit:
             print(f"{name}: the model does not fit: take --scaling.strategy fsdp, more workers or larger ones")
         if plan.hours < 1e5 and plan.overhead < 0.9:
             hours, failures = simulate(plan, hardware, gpus)

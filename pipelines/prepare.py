@@ -262,7 +262,10 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
             say(f"  {sum(found)} duplicates")
         said = do_pieces(jobs, [len(job.source.pieces) for job in jobs], threads * of_core, say, every_s, Watch(jobs))
     except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
-        raise DataError(f"the data cannot be prepared: {reason_of(error)}") from error
+        reason = reason_of(error)
+        if "No space left on device" in reason:
+            reason = f"no space left in {folder}: free some, then give the same command again; whole pieces are kept"
+        raise DataError(f"the data cannot be prepared: {reason}") from error
     records = [[Record.of(values) for values in of_job] for of_job in said]
     for job, of_job in zip(jobs, records, strict=True):
         check_records(job, of_job)

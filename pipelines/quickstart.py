@@ -131,7 +131,8 @@ def main(args: list[str]) -> int:
     say(f"Quality         : {result.quality[0].metric} on held-out stories by kind of question, no oracle length")
     for line in _quality_table(result.quality):
         say(line)
-    say(f"Trained         : {seconds}; {time.perf_counter() - started:.0f} s in all")
+    few = "   (a few steps alone, as --short: no good answers yet)" * ("--short" in args)
+    say(f"Trained         : {seconds}; {time.perf_counter() - started:.0f} s in all{few}")
     say(f"Model           : {result.model}   registered as {result.registered}")
     say(f"Serve it        : .venv/bin/yan serve --model {result.model}")
     say(f"Look at the run : .venv/bin/mlflow ui --backend-store-uri {result.tracking_uri}")

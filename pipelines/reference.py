@@ -53,16 +53,22 @@ def section_of(hint: Any) -> type | None:
     return None
 
 
-def default_of(field: dataclasses.Field[Any]) -> str:
+def as_yaml(value: Any) -> str:
     """A default as YAML has it."""
-    value = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
     if dataclasses.is_dataclass(value):
         return ""
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def section(cls: type, prefix: str, text: str) -> list[str]:
-    """Lines of a dataclass's own keys, then those of the sections below it."""
+def default_in(holder: Any, field: dataclasses.Field[Any]) -> Any:
+    """What a field holds where nothing is set: in `holder`, which may set it otherwise than its class does."""
+    if holder is not None:
+        return getattr(holder, field.name)
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+
+
+def section(cls: type, prefix: str, text: str, holder: Any = None) -> list[str]:
+    """Lines of a dataclass's own keys, then those of the sections below it; the defaults are those in `holder`."""
     hints, texts = typing.get_type_hints(cls), said_of_fields(cls)
     lines = [
         "",
@@ -76,10 +82,12 @@ def section(cls: type, prefix: str, text: str) -> list[str]:
     below: list[str] = []
     for field in dataclasses.fields(cls):
         held, key, said = section_of(hints[field.name]), prefix + field.name, texts.get(field.name, "")
+        value = default_in(holder, field)
         if held is not None:
-            below += section(held, f"{key}.{'NAME.' * (typing.get_origin(hints[field.name]) is dict)}", said)
+            inside = value if isinstance(value, held) else None
+            below += section(held, f"{key}.{'NAME.' * (typing.get_origin(hints[field.name]) is dict)}", said, inside)
             continue
-        cells = (f"`{key}`", f"`{field.type}`", f"`{default_of(field)}`", said)
+        cells = (f"`{key}`", f"`{field.type}`", f"`{as_yaml(value)}`", said)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*(lines if len(lines) > 7 else lines[:4]), *below]
 
@@ -159,5 +167,7 @@ def api_page() -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m pipelines.reference FOLDER; writes CONFIG.md and API.md into a folder that is there")
     write_file(Path(sys.argv[1]) / "CONFIG.md", page())
     write_file(Path(sys.argv[1]) / "API.md", api_page())

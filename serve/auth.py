@@ -30,7 +30,8 @@ def load_keys(file: str = "") -> dict[str, str]:
     try:
         text = Path(file).read_text(encoding="utf-8") if file else os.environ.get(ENVIRONMENT, "").replace(",", "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"api_keys_file={file} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"api_keys_file={file} (yan serve --api-keys) cannot be read: {reason}") from None
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()

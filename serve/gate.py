@@ -108,10 +108,11 @@ class Gate:
             return None
         name = owner(self.keys, headers.get("authorization"))
         if name is None:
+            bearer = headers.get("authorization", "").lower().startswith("bearer ")
             return NotAuthenticated(
-                "a key is wanted: send the header `Authorization: Bearer KEY`"
-                if "authorization" not in headers
-                else "the key is not one of this server's",
+                "the key is not one of this server's"
+                if bearer
+                else "a key is wanted: send the header `Authorization: Bearer KEY`",
                 code="invalid_api_key",
             )
         line["key"] = name

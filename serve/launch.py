@@ -71,10 +71,12 @@ def serve_blocking(
         print(f"starting a server for {args.model} ...", flush=True)
         with running_server(args, host, port, ray_address, timeout_s) as url:
             signal.signal(signal.SIGTERM, stop)  # ray.init has put its own in its place
+            key = " -H 'Authorization: Bearer KEY'" * bool(load_keys(args.api_keys_file))
+            body = json.dumps({"source": "..."})
             print(
                 f"ready after {time.monotonic() - started:.0f} s at {url} (Ctrl-C stops it; {url}/docs lists the API; "
                 f"behind {described()})\n"
-                f"  curl {url}/v1/generate -H 'Content-Type: application/json' -d '{json.dumps({'source': '...'})}'",
+                f"  curl {url}/v1/generate{key} -H 'Content-Type: application/json' -d '{body}'",
                 flush=True,
             )
             while True:

@@ -65,6 +65,7 @@ def test_the_page_of_settings_is_made_from_the_settings():
     page = reference.page()
     assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs
     assert "| `stages.flow.optim.lr` | `float` | `0.001` | " in page
+    assert '| `stages.autoencoder.trains` | `tuple[Part, ...]` | `["target_encoder", "decoder"]` | ' in page  # its own
     assert re.findall(r"^\| `[^`]+` \| `.+` \| `.+` \|  \|$", page, re.MULTILINE) == []  # each says what it does
 
 

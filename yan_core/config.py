@@ -474,8 +474,8 @@ class DatasetConfig:
     num_validation: int = 1_000
     """World: how many validation examples."""
     kinds: tuple[str, ...] = ()
-    """World: kinds of question; none named = all but `someone` and `event`, whose answers are several sentences to
-    choose from."""
+    """World: kinds of question; none named = all but `someone` and `event`, which several sentences answer, and `log`,
+    whose answer is long."""
     max_events: int = 10
     """World: most sentences of a story, of two at the least."""
 

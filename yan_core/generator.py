@@ -132,7 +132,7 @@ class TextGenerator:
         deterministic: bool = False,
         do_sample: bool = False,
     ) -> list[Generation]:
-        """Answer a batch of sources at once.
+        """Answer a batch of sources at once; one without a word too, from nothing.
 
         Args:
             sources: Texts as the model's task template makes them.
@@ -230,6 +230,8 @@ class TextGenerator:
         if lengths is not None and len(lengths) != count:
             raise ValueError(f"lengths must be one a source: got {len(lengths)} for {count} sources")
         places = self.max_target_tokens if max_tokens is None else max_tokens
+        if not 1 <= places <= self.most_tokens:
+            raise ValueError(f"max_tokens must be in [1, {self.most_tokens}], got {places}")
         how: dict[str, Any] = {
             "num_steps": num_steps,
             "method": method,
@@ -239,7 +241,7 @@ class TextGenerator:
             "with_log_probs": with_log_probs,
         }
         if isinstance(self.model, Baseline):
-            self._check_of_baseline(places, how, on_step)
+            self._check_of_baseline(how, on_step)
         greedy = isinstance(self.model, Baseline) and not do_sample
         eager = deterministic or lengths is not None or on_step is not None or isinstance(self.model, Baseline)
         graphs = None if eager else self.graphs
@@ -273,16 +275,14 @@ class TextGenerator:
             ]
         return drawn
 
-    def _check_of_baseline(self, places: int, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
+    def _check_of_baseline(self, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
         usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1, "with_log_probs": False}
         unlike = [name for name, value in usual.items() if how[name] != value]
         unlike += [] if on_step is None else ["on_step"]
         if unlike:
             raise ValueError(f"{', '.join(unlike)} are for YAN alone and this is a baseline, got {how}")
-        if not 1 <= places <= self.most_tokens or how["num_steps"] < 1:
-            raise ValueError(
-                f"max_tokens must be in [1, {self.most_tokens}] and num_steps >= 1, got {places} and {how['num_steps']}"
-            )
+        if how["num_steps"] < 1:
+            raise ValueError(f"num_steps must be >= 1, got {how['num_steps']}")
 
     def _reader(self, chosen: list[int], places: int, on_step: OnDrawStep | None) -> OnStep | None:
         """The sampler's callback for some of the sources."""

@@ -1,5 +1,8 @@
 """The `yan` command: configs, overrides, and one-screen messages for mistakes."""
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +65,30 @@ def test_a_wrong_config_names_the_key_and_what_is_allowed(tmp_path, text, messag
         parse_config("run", ["--config", str(file)])
 
 
-def test_a_wrong_override_offers_the_nearest_key():
-    with pytest.raises(UsageError, match=r"Did you mean stages.flow.optim.lr\?"):
-        parse_config("run", ["--stages.flow.optim.rl", "1"])
+@pytest.mark.parametrize("key", ["rl", "warmup_step"])  # the second is how warmup_steps begins
+def test_a_wrong_override_offers_the_nearest_key(key):
+    with pytest.raises(UsageError, match=r"Did you mean stages.flow.optim.(lr|warmup_steps)\?"):
+        parse_config("run", [f"--stages.flow.optim.{key}", "1"])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--seed", "x"], "seed: must be of type int, got x"),
+        (["--evaluation.keep", "bst"], "evaluation.keep: must be one of 'last', 'best', got bst"),
+    ],
+)
+def test_a_value_of_another_type_is_told_in_plain_words(args, message):
+    with pytest.raises(UsageError) as caught:
+        parse_config("run", args)
+    assert str(caught.value) == message
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("model: [1\nseed: 2\n")
+    with pytest.raises(UsageError, match=rf"--config {file} must be YAML: [\s\S]*bad.yaml\", line 2"):
+        parse_config("run", ["--config", str(file)])
 
 
 def test_a_missing_config_lists_the_shipped_ones():
@@ -79,6 +103,12 @@ def test_a_missing_config_lists_the_shipped_ones():
         (["run", "--nmae", "x"], 2, "Did you mean name"),
         (["evaluate", "--model", "nowhere", "--config", str(CONFIGS[0]), "--data", "x"], 1, "not a YAN model"),
         (["serve", "--model", "nowhere"], 1, "not a YAN model"),
+        (["prepare", "--runs_dir", "/dev/null"], 1, "/dev/null/world cannot be made and written to: Not a directory"),
+        (
+            ["plan", "--config", str(CONFIGS[0]), "--gpus", "1", "--tokens", "1", "--constants", "nowhere.json"],
+            2,
+            "--constants nowhere.json cannot be read: No such file",
+        ),
     ],
 )
 def test_mistakes_end_in_a_short_message_and_an_exit_code(capsys, args, code, message):
@@ -87,6 +117,21 @@ def test_mistakes_end_in_a_short_message_and_an_exit_code(capsys, args, code, me
     assert message in error
     assert "Traceback" not in error
     assert len(error.splitlines()) < 25
+
+
+def test_a_full_disk_is_told_with_what_to_do(capsys, monkeypatch):
+    def fill(args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/model")
+
+    monkeypatch.setitem(COMMANDS, "config", ("", fill))
+    assert main(["config"]) == 1
+    said = "yan config: no space left for runs/model: free some, then give the same command again\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert re.match(r"yan \S+, commit \S+, sources [0-9a-f]{12}, in /", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

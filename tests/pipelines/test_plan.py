@@ -78,9 +78,9 @@ def test_the_bottleneck_is_named():
 
 def test_sharding_needs_less_memory_and_moves_more():
     ddp, fsdp = (make_plan(replace(JOB, strategy=s), H200) for s in ("ddp", "fsdp"))
-    assert fsdp.memory_bytes == pytest.approx(ddp.memory_bytes / 8)
+    assert fsdp.weights_bytes == pytest.approx(ddp.weights_bytes / 8)
     assert fsdp.communicate_s > ddp.communicate_s
-    assert not make_plan(JOB, replace(H200, memory_bytes=1e6)).fits
+    assert not make_plan(JOB, replace(H200, memory_bytes=1e6)).weights_fit
 
 
 def test_the_interval_is_the_one_that_loses_least():
@@ -131,7 +131,7 @@ def test_what_would_be_nonsense_is_refused(capsys):
 def test_an_average_of_the_weights_takes_memory_and_time():
     plain, averaged = (make_plan(replace(JOB, averaged=kept), H200) for kept in (False, True))
     everything, _ = num_parameters(JOB)
-    assert averaged.memory_bytes - plain.memory_bytes == 4 * everything
+    assert averaged.weights_bytes - plain.weights_bytes == 4 * everything
     assert averaged.checkpoint_wait_s > plain.checkpoint_wait_s
 
 

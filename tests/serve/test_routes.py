@@ -327,6 +327,8 @@ def test_keys_are_asked_for_where_there_are_any(start):
             error = answer.json()["error"]
             assert (answer.status_code, error["type"]) == (401, "authentication_error")
             assert answer.headers["www-authenticate"] == "Bearer"
+            with_key = headers.get("Authorization", "").startswith("Bearer")
+            assert ("not one of" if with_key else "send the header `Authorization: Bearer KEY`") in error["message"]
     for path in ("/healthz", "/readyz", "/openapi.json"):
         assert client.get(path).status_code == 200
     key = {"Authorization": "Bearer secret"}

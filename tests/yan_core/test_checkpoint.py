@@ -22,6 +22,7 @@ from yan_core.checkpoint import (
     sha256_file,
 )
 from yan_core.config import TokenizerConfig
+from yan_core.files import write_file
 from yan_core.generator import TextGenerator
 from yan_core.model import YanModel, build_model
 from yan_core.tokenization import Tokenizer
@@ -248,3 +249,13 @@ def test_a_model_loaded_in_bfloat16_answers(folder: Path) -> None:
     rough = generator.generate(["Where is the apple?"] * 32, seeds=list(range(32)))
     same = sum(a.tokens == b.tokens for a, b in zip(exact, rough, strict=True))
     assert same > 16  # random weights: near ties are common
+
+
+def test_what_is_there_and_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    """As root, a rename would put a file in the place of `/dev/stdout`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_file(pipe, "text")
+    assert pipe.is_fifo() and os.read(reader, 10) == b"text"
+    os.close(reader)
