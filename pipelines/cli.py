@@ -69,7 +69,7 @@ def parse_config(command: str, args: Sequence[str]) -> RunConfig:
         try:
             values = parser.parse_args(list(args)).as_dict()
         except UsageError as error:
-            raise UsageError(_with_nearest(str(error))) from error
+            raise UsageError(_in_our_words(str(error))) from error
     values.pop("config", None)
     return from_dict(RunConfig, _plain(values))
 
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _with_nearest(message: str) -> str:
+def _in_our_words(message: str) -> str:
     """jsonargparse's message, of a wrong type in our words and of an unknown key with the nearest known one."""
     wrong = re.search(r'Parser key "([\w.]+)":\s+Expected a (.+)\. Got value: (.*)', message)
     if wrong:
@@ -125,10 +125,7 @@ def _prepare(args: list[str]) -> int:
     from pipelines.run import prepare_step
 
     folder = Path(config.runs_dir) / config.name
-    with (
-        run_lock(folder, instead="--runs_dir or --name"),
-        ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker),
-    ):
+    with run_lock(folder), ray_session(config.scaling.max_workers, config.scaling.cpus_per_worker):
         prepare_step(config, folder)
     return 0
 

@@ -42,7 +42,7 @@ def read_inputs(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def run_lock(folder: Path, fresh: bool = False, instead: str = "--name") -> Iterator[None]:
+def run_lock(folder: Path, fresh: bool = False, instead: str = "--runs_dir or --name") -> Iterator[None]:
     """Let one process at a time work in a folder; what a killed one left half-written there is cleared up.
 
     Args:
