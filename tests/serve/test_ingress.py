@@ -1,11 +1,14 @@
 """What takes HTTP in, as the environment says it and as there is an HAProxy or none."""
 
+import itertools
+import math
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,26 +79,26 @@ def test_script_finds_the_haproxy_that_it_stands_for(tmp_path, monkeypatch: pyte
     assert done.stdout.startswith("HAProxy version")
 
 
-def replica(answers: bool) -> int:
-    """Port of a server that reads whole requests and answers them, or closes like one that is killed at that moment."""
+def replica(silent: float) -> int:
+    """Port of a server that reads requests, closes so many like one that is killed then, and answers the others."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
-        while True:
+        for asked in itertools.count():
             connection, _ = listening.accept()
             with connection:
                 read = b""
                 while b"hello" not in read and (more := connection.recv(4096)):
                     read += more
-                if answers:
+                if asked >= silent:
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
 
     threading.Thread(target=serve, daemon=True).start()
     return listening.getsockname()[1]
 
 
-def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(tmp_path):
-    """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
+def answers_of(count: int, tmp_path: Path, **servers: int) -> list[bytes]:
+    """First lines of the answers to so many requests to HAProxy in front of the servers, by name and port."""
     (port,) = ingress._free_ports(1)
     config = tmp_path / "haproxy.cfg"
     config.write_text(
@@ -103,16 +106,25 @@ def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(
         f"    option redispatch 1\n    retry-on {ingress.RETRIED}\n"
         f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend both\n"
         f"backend both\n    balance roundrobin\n"
-        f"    server gone 127.0.0.1:{replica(False)}\n    server there 127.0.0.1:{replica(True)}\n"
+        + "".join(f"    server {name} 127.0.0.1:{at}\n" for name, at in servers.items())
     )
     environment = os.environ | {"YAN_HAPROXY": str(ingress.haproxy())}
     running = subprocess.Popen([ingress.SCRIPT, "-db", "-f", config], env=environment, stderr=subprocess.DEVNULL)
     try:
-        answers = [asked_in_two_parts(port) for _ in range(4)]
+        return [asked_in_two_parts(port) for _ in range(count)]
     finally:
         running.kill()
         running.wait()
-    assert answers == [b"HTTP/1.1 200 OK"] * 4
+
+
+def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(tmp_path: Path):
+    """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
+    assert answers_of(4, tmp_path, gone=replica(math.inf), there=replica(0)) == [b"HTTP/1.1 200 OK"] * 4
+
+
+def test_request_is_answered_though_more_connections_than_haproxy_has_tries_end_before_an_answer(tmp_path: Path):
+    """As those to the only replica that it knows, where that one dies: HAProxy's own three tries are too few."""
+    assert answers_of(1, tmp_path, only=replica(5)) == [b"HTTP/1.1 200 OK"]
 
 
 def asked_in_two_parts(port: int) -> bytes:
