@@ -143,17 +143,19 @@ class Callers:
         key = (cluster.machines.folder / "api_key").read_text()
         self.url = f"http://{ADDRESSES['head']}:8000/v1/generate"
         self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        self.answered, self.failed, self.stopping = 0, [], threading.Event()
+        self.answered, self.slowest, self.failed, self.stopping = 0, 0.0, [], threading.Event()
         self.pool = ThreadPoolExecutor(count)
         self.work = [self.pool.submit(self._ask, i) for i in range(count)]
 
     def _ask(self, seed: int) -> None:
         body = json.dumps({"source": "Where is Mary?", "seed": seed}).encode()
         while not self.stopping.is_set():
+            asked_at = time.monotonic()
             try:
                 with urllib.request.urlopen(urllib.request.Request(self.url, body, self.headers), timeout=60) as answer:
                     json.load(answer)
                     self.answered += 1
+                    self.slowest = max(self.slowest, time.monotonic() - asked_at)
             except (OSError, ValueError) as error:
                 told = error.read().decode() if isinstance(error, urllib.error.HTTPError) else ""
                 self.failed.append(f"{time.strftime('%X')} {error} {told:.200}")
@@ -204,6 +206,27 @@ def test_no_request_is_lost_by_an_upgrade_nor_by_a_node_that_dies(cluster: Launc
     print(f"{upgraded} requests until upgraded, {callers.answered} in all, lost: {callers.failed}")
     assert lost == [] and callers.failed == []
     assert callers.answered > upgraded + 20
+
+
+def test_request_to_a_node_that_falls_silent_is_answered_by_another(cluster: Launched):
+    """Nothing closes the connections to a node without power or network: in-flight requests would wait for ever."""
+    cluster.wait_for_nodes(NAMES)
+    victim = WORKERS[0]
+    both = {ADDRESSES[name] for name in WORKERS}
+    wait_until(lambda: {address for address, _ in cluster.replicas()} == both, 180, cluster.application)
+    callers = Callers(cluster)
+    try:
+        wait_until(lambda: callers.answered > 20, 60)
+        cluster.machines.cut(victim)
+        wait_until(lambda: ADDRESSES[victim] not in cluster.nodes(), 90, cluster.nodes)
+        cut = callers.answered
+        wait_until(lambda: callers.answered > cut + 20, 60)
+    finally:
+        callers.stop()
+        cluster.machines.cut(victim, off=False)
+    print(f"{callers.answered} requests, the slowest took {callers.slowest:.1f} s, lost: {callers.failed}")
+    assert callers.failed == []
+    assert callers.slowest > 3  # some had been sent to the node that fell silent
 
 
 def test_training_goes_on_when_a_node_is_cut_off(cluster: Launched, tiny_settings: dict[str, Any], tmp_path: Path):

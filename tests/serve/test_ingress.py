@@ -79,6 +79,26 @@ def test_script_finds_the_haproxy_that_it_stands_for(tmp_path, monkeypatch: pyte
     assert done.stdout.startswith("HAProxy version")
 
 
+def test_connections_to_a_node_without_power_end(tmp_path: Path):
+    """Where no kernel answers: those that wait by keepalive, those with words on the way by a limit of their own."""
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 20s\n    timeout server 20s\n"
+        "    option redispatch 1\nfrontend all\n    bind 127.0.0.1:8502\n    default_backend both\nbackend both\n"
+        "    server one 127.0.0.1:8500 check observe layer4\n"
+        "    server two 127.0.0.1:8501 check backup\n"
+    )
+    environment = os.environ | {"YAN_HAPROXY": str(ingress.haproxy())}
+    done = subprocess.run([ingress.SCRIPT, "-c", "-f", config], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in config.read_text().splitlines()]
+    assert {"option srvtcpka", "srvtcpka-idle 3s", "srvtcpka-intvl 1s", "srvtcpka-cnt 4"} <= set(lines)
+    assert [line for line in lines if line.startswith("server")] == [
+        "server one 127.0.0.1:8500 tcp-ut 7s check observe layer4",
+        "server two 127.0.0.1:8501 tcp-ut 7s check backup",
+    ]
+
+
 def replica(silent: float) -> int:
     """Port of a server that reads requests, closes so many like one that is killed then, and answers the others."""
     listening = socket.create_server(("127.0.0.1", 0))
