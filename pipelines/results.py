@@ -72,10 +72,14 @@ def heading(report: Report) -> str:
         where = f"{machine['device']}, trained in bfloat16, answers in float32"
     if load := machine.get("load_average"):
         where += f", load average {load:.1f}"
+    counts = next(iter(report["contestants"].values()))["quality"][0].get("counts", {})
+    cut, length = counts.get("sources_cut"), counts.get("generated_tokens", 0) / report["rows"]
     lines = [
         f"### {report['name']}",
         "",
-        f"{report['task']} on {report['data']}, {report['rows']} validation rows; {report['date'][:10]}, commit "
+        f"{report['task']} on {report['data']}, {report['rows']} validation rows"
+        f"{f', {cut} with sources cut to fit' if cut else ''}"
+        f"{f', answers of {length:.1f} tokens in the mean' if length else ''}; {report['date'][:10]}, commit "
         f"{report['commit'][:12]}{'-dirty' * report['commit'].endswith('-dirty')}, {where}.",
         "",
         *([f"`yan compare {' '.join(report['arguments'])}`", ""] if report.get("arguments") else []),
@@ -89,7 +93,7 @@ def markdown(report: Report) -> str:
     lines = [
         heading(report),
         f"| model | steps | {metric.replace('_', ' ')} [95 %] | told length | others | passes | ms, alone "
-        "| ms per 1,000 tokens, 64 together | parameters | TFLOPs of training | training |",
+        "| ms per 1,000 tokens, 64 together | parameters | TFLOPs of training | updates |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     if constant := report.get("constant"):
@@ -105,7 +109,8 @@ def markdown(report: Report) -> str:
             )
             own = (
                 f"{of['parameters_without_embeddings'] / 1e6:.2f}M + {_embeddings(of) / 1e6:.2f}M "
-                f"| {of['training_flops'] / 1e12:.1f} | {_number(of['training_s'])} s"
+                f"| {of['training_flops'] / 1e12:.1f} "
+                f"| {' + '.join(str(n) for n in of['training_steps'].values() if n)}"
             )
             lines.append(
                 f"| {of['label'] if i == 0 else ''} | {'' if autoregressive else quality['num_steps']} "
@@ -131,13 +136,15 @@ def pictures(report: Report) -> dict[str, Figure]:
 
     contestants = report["contestants"].values()
     metric = next(iter(contestants))["quality"][0]["metric"].replace("_", " ")
-    pareto = Figure(figsize=(7, 4.2), layout="constrained")
+    pareto = Figure(figsize=(9, 4.2), layout="constrained")
     axes = pareto.subplots()
-    for of in contestants:
+    for i, of in enumerate(contestants):
         points = [(of["speed"][str(q["num_steps"])]["latency_ms_p50"], q["value"]) for q in of["quality"]]
-        axes.plot(*zip(*points, strict=True), marker="o", label=of["label"], linewidth=1)
+        axes.plot(*zip(*points, strict=True), marker="os^v"[i // 10 % 4], label=of["label"], linewidth=1)
     axes.set(xscale="log", xlabel="milliseconds a request, alone", ylabel=metric, title=report["name"])
-    axes.legend(fontsize=8)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    pareto.legend(fontsize=8, loc="outside center right")
     axes.grid(alpha=0.3)
     by_steps = Figure(figsize=(7, 4.2), layout="constrained")
     axes = by_steps.subplots()
@@ -174,7 +181,8 @@ def _by_experts(report: Report) -> dict[str, dict[int, float]]:
     """Quality by number of experts: of contestants that differ in nothing else, by what else they have in common."""
     found: dict[str, dict[int, float]] = {}
     for of in report["contestants"].values():
-        count = of["settings"].get("model", {}).get("num_experts")
+        recipe = report.get("config", {}).get("model", {}) if of is report["contestants"].get("yan") else {}
+        count = (recipe | of["settings"].get("model", {})).get("num_experts")
         if of["family"] == "yan" and count is not None:
             others = of["settings"].keys() - {"model"}
             line = of["label"].partition(", ")[2] if others else "our training"  # of "K = 2, the paper's training"
@@ -304,15 +312,43 @@ def _of_seed(quality: Mapping[str, Any] | None) -> str:
     return f"{100 * quality['value']:.1f}" + ("" if drawn is None else f" ({100 * drawn:.1f})")
 
 
-def page(reports: Sequence[Report], verdict: str = "") -> str:
-    """All reports as one page, after what they come to, which a person has written."""
+SHOWN = ("quality_by_latency", "quality_by_experts")
+"""Pictures that the page has: where contestants were compared, and where the number of experts was."""
+
+
+def draw(reports: Sequence[Report], folder: Path) -> dict[str, list[str]]:
+    """Draw the page's pictures, the same bytes each time; their files' names by report."""
+    from matplotlib import rc_context
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[str]] = {}
+    with rc_context({"svg.hashsalt": "yan", "svg.fonttype": "none"}):
+        for report in reports:
+            for file, figure in pictures(report).items():
+                kind = Path(file).stem
+                if kind in SHOWN[is_of_changes(report) :]:
+                    name = f"{report['name']}_{kind}.svg"
+                    figure.savefig(folder / name, metadata={"Date": None})
+                    found.setdefault(report["name"], []).append(name)
+    return found
+
+
+def page(reports: Sequence[Report], verdict: str = "", drawn: Mapping[str, Sequence[str]] | None = None) -> str:
+    """All reports as one page, after what they come to, which a person has written.
+
+    Args:
+        reports: In the order of the page.
+        verdict: What they come to.
+        drawn: Names of each report's pictures, which lie in `pictures/` beside the page.
+    """
+    drawn = drawn or {}
     parts = [
         "# Results\n",
         "Written by `python -m pipelines.results docs/results/*.json --page docs/RESULTS.md --short README.md` from "
-        "what `yan compare` or `pipelines.benchmarks.quality_gpu` measured; no figure is typed by hand. Every "
-        "contestant of a table was trained on the same rows with the same tokenizer, for the same number of "
-        "floating-point operations where its "
-        "label names no multiple. "
+        "what `yan compare` or `pipelines.benchmarks.quality_gpu` measured; no figure of a table is typed by hand. "
+        "Every contestant of a table was trained on the same rows with the same tokenizer, for the same number of "
+        "floating-point operations (of its matrix products) where its label names no multiple: that is not the same "
+        "number of updates, of the autoencoder + flow + fine-tuning, and so of rows seen. "
         "Parameters are those of the layers + those of embeddings, positions and vocabulary head; passes are the "
         "median of requests alone. Every model finds the end of an answer itself; *told length* is what it would "
         "reach if it were told, which gives an answer away where answers differ in length. Intervals are over "
@@ -324,7 +360,8 @@ def page(reports: Sequence[Report], verdict: str = "") -> str:
     ]
     for report in reports:
         table = heading(report) if is_of_changes(report) else markdown(report)
-        parts += [table, headline(report), differences(report), over_seeds(report), report.get("notes", "")]
+        shown = [f"![{Path(name).stem.replace('_', ' ')}](pictures/{name})\n" for name in drawn.get(report["name"], ())]
+        parts += [table, headline(report), differences(report), over_seeds(report), *shown, report.get("notes", "")]
     return "\n".join(part for part in parts if part)
 
 
@@ -386,7 +423,8 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(args)
     reports = with_other_seeds([read_report(file) for file in sorted(chosen.reports)])
     verdict = chosen.reports[0].parent / "verdict.md"
-    write_file(chosen.page, page(reports, verdict.read_text(encoding="utf-8") if verdict.is_file() else ""))
+    drawn = draw(reports, chosen.page.parent / "pictures")
+    write_file(chosen.page, page(reports, verdict.read_text(encoding="utf-8") if verdict.is_file() else "", drawn))
     if chosen.short:
         write_file(chosen.short, with_short(chosen.short.read_text(encoding="utf-8"), reports))
     return 0

@@ -90,6 +90,9 @@ def test_the_results_are_those_of_the_reports(tmp_path):
     write_results([*reports, "--page", str(tmp_path / "page.md"), "--short", str(tmp_path / "README.md")])
     assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "RESULTS.md").read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    kept = {path.name for path in (ROOT / "docs" / "pictures").glob("*.svg")}
+    assert kept == {path.name for path in (tmp_path / "pictures").iterdir()} and kept
+    assert kept == set(re.findall(r"\(pictures/(.+?)\)", (ROOT / "docs" / "RESULTS.md").read_text()))
 
 
 def test_no_page_has_a_place_that_was_to_be_filled_in():

@@ -1,4 +1,6 @@
-"""Task templates: a row of a data set -> (source, target), for training, evaluation and serving alike.
+"""Task templates: a row of a data set -> (source, target), for training, evaluation and answers to whole files alike.
+
+The server takes sources as they are, and makes that of an infilling by the same template.
 
 Where an answer is cut out of a text (infilling, last word, continuation), the place follows from the text itself, so
 that it is the same wherever and whenever the row is read. docs/TASKS.md shows one example of each.

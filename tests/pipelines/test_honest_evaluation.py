@@ -15,13 +15,15 @@ import torch
 
 import yan_core
 from pipelines.cli import main, parse_config
+from pipelines.contestants import measure_speeds
 from pipelines.documents import KeepOut
 from pipelines.encode import text_row
 from pipelines.evaluation import _speed, best_constant, score_answers
 from pipelines.sources import open_source
+from pipelines.speed import Speed
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
-from yan_core.config import DataConfig, RunConfig, TokenizerConfig, from_dict
+from yan_core.config import DataConfig, RunConfig, SamplingConfig, TokenizerConfig, from_dict
 from yan_core.model import YanModel, build_model
 from yan_core.tasks import TASKS, get_task
 from yan_core.tokenization import Tokenizer
@@ -133,9 +135,12 @@ def test_tokens_per_second_count_answers_and_no_filling(generator, monkeypatch):
     kept = {}
 
     def measure(answer, sources):
-        kept["counts"] = answer(sources)
+        kept["counts"], kept["alone"] = answer(sources), answer(sources[-1:])
+        return Speed(1.0, 1.0, 1.0, 1.0, 1.0)
 
-    monkeypatch.setattr("pipelines.evaluation.measure_speed", measure)
+    for module in ("evaluation", "contestants"):
+        monkeypatch.setattr(f"pipelines.{module}.measure_speed", measure)
+    monkeypatch.setattr(yan_core, "load", lambda folder, device: generator)
     sources = [f"{word} went home" for word in STORY.split()]
     monkeypatch.setattr(generator, "generate", lambda batch, steps, **how: [one(s) for s in batch])
 
@@ -144,8 +149,12 @@ def test_tokens_per_second_count_answers_and_no_filling(generator, monkeypatch):
         tokens = generator.tokenizer.until_eos(ids)
         return yan_core.Generation("", tokens, 1, 0, 1, 1, True, 0.0)
 
+    own = {"counts": [len(source) % 5 for source in sources], "alone": [len(sources[-1]) % 5]}
     _speed(generator, sources, 1, {})
-    assert kept["counts"] == [len(source) % 5 for source in sources]
+    assert kept == own
+    kept.clear()
+    measure_speeds({"yan": (Path("folder"), [1])}, sources, {"yan": SamplingConfig()}, "cpu", turns=1)
+    assert kept == own
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
