@@ -144,7 +144,7 @@ def pictures(report: Report) -> dict[str, Figure]:
     axes.set(xscale="log", xlabel="milliseconds a request, alone", ylabel=metric, title=report["name"])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    pareto.legend(fontsize=8, loc="outside center right")
+    pareto.legend(fontsize=8, loc="outside center right")  # pyright: ignore[reportArgumentType]  # stubs lack it
     axes.grid(alpha=0.3)
     by_steps = Figure(figsize=(7, 4.2), layout="constrained")
     axes = by_steps.subplots()
