@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
 
 from pipelines.cli import parse_config
 from tests.clusters.checks import CLUSTERS, ROOT, documents, kubernetes_errors
@@ -260,3 +261,19 @@ def test_kuberay_makes_a_service_for_requests():
     for group in groups(cluster_of(service)):
         (container,) = group["template"]["spec"]["containers"]
         assert {"name": "serve", "containerPort": 8000} in container["ports"]
+
+
+def test_prometheus_finds_and_reaches_each_port_that_has_figures():
+    config = yaml.safe_load((CLUSTERS / "monitoring/prometheus_kubernetes.yml").read_text())
+    found = [source for scrape in config["scrape_configs"] for source in scrape["dns_sd_configs"]]
+    asked = {name: source["port"] for source in found for name in source["names"]}
+    services = {f"{d['metadata']['name']}.{d['metadata']['namespace']}.svc.cluster.local": d for d in find("Service")}
+    (policy,) = (d for d in find("NetworkPolicy") if d["metadata"]["name"] == "ray")
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    (let_in,) = (rule["ports"] for rule in policy["spec"]["ingress"] if monitoring in rule["from"])
+    assert set(asked.values()) == {port["port"] for port in let_in} == {8080, AUTOSCALER_METRIC_PORT}
+    heads = [cluster["headGroupSpec"]["template"]["metadata"]["labels"].items() for _, cluster in CLUSTER_SPECS]
+    for name, port in asked.items():
+        spec = services[name]["spec"]
+        assert [p["port"] for p in spec["ports"]] == [port]
+        assert all(spec["selector"].items() <= labels for labels in heads), name
