@@ -45,6 +45,9 @@ def test_services_are_pinned_cannot_write_to_their_images_and_listen_here_alone(
         assert re.search(r":v?\d+\.\d+", service["image"]), name
         assert service["read_only"] and service["cap_drop"] == ["ALL"] and "mem_limit" in service
         assert all(re.match(r"(\$\{\w+:-)?127\.0\.0\.1\}?:", port) for port in service.get("ports", []))
+        if service.get("network_mode") == "host":  # nothing but its own setting keeps it here
+            said = [*service.get("command", []), *(f"{k}={v}" for k, v in service.get("environment", {}).items())]
+            assert [v for v in said if re.search(r"(listen-address|HTTP_ADDR)=127\.0\.0\.1(:\d+)?$", v)], name
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.parent.name)
