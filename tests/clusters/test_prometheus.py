@@ -1,13 +1,18 @@
-"""Every panel of the dashboard has an answer: from a real Prometheus that scraped a training and a service."""
+"""Every panel of the dashboard has an answer from a real Prometheus that scraped a training and a service.
+
+But for GPUs and failed nodes, which are not here.
+"""
 
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -19,13 +24,17 @@ import pytest
 import yaml
 
 from serve import ingress
-from tests.clusters.checks import CLUSTERS, ROOT
+from tests.clusters.checks import CLUSTERS, ROOT, metrics_of
 from tests.clusters.conftest import asked as asked_of
 from tests.clusters.conftest import free_port, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(900)]
 MONITORING = CLUSTERS / "monitoring"
 PANELS = json.loads((MONITORING / "grafana/dashboards/yan.json").read_text())["panels"]
+FILLED = re.compile(r" or (on\(\) )?vector\(0\)$")
+"""What makes a panel 0 where there is nothing: here it would hide that a figure has another name."""
+NOT_HERE = ["autoscaler_recently_failed_nodes", "ray_node_gpus_utilization", "ray_node_gram_used"]
+"""No node fails here, and none has a GPU."""
 UNDER_LOAD_S = 25.0
 """Ray's agent tells every second here, and Prometheus asks every two: a rate wants some of them."""
 
@@ -109,11 +118,13 @@ def test_every_panel_has_an_answer(tiny_settings: dict[str, Any], tmp_path: Path
                     url, kind = f"http://127.0.0.1:{serving}/v1/generate", {"Content-Type": "application/json"}
                     with urllib.request.urlopen(urllib.request.Request(url, body, kind), timeout=30) as answer:
                         asked += answer.status == 200
+                    with pytest.raises(urllib.error.HTTPError):
+                        urllib.request.urlopen(urllib.request.Request(url, b"{}", kind), timeout=30)
                 empty = [
-                    f"{panel['title']}: {target['expr']}"
+                    target["expr"]
                     for panel in PANELS
                     for target in panel.get("targets", [])
-                    if not answers(prometheus, target["expr"], began)
+                    if not answers(prometheus, FILLED.sub("", target["expr"]), began)
                 ]
                 status = [*python, "pipelines", "status", "--address", f"http://127.0.0.1:{dashboard}"]
                 status += ["--prometheus", prometheus]
@@ -121,6 +132,6 @@ def test_every_panel_has_an_answer(tiny_settings: dict[str, Any], tmp_path: Path
                 counted = "sum(ray_yan_requests_total{route='/v1/generate', status='200', application='yan'})"
                 time.sleep(10)  # the exporter's five seconds, the agent's and Prometheus' own
                 found = get(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': counted})}")["data"]["result"]
-    assert empty == []
+    assert [metrics_of(expression) for expression in empty] == [{name} for name in NOT_HERE]
     assert f"\nwaiting requests: yan 0 (Prometheus at {prometheus})\n" in told.stdout, told.stdout + told.stderr
     assert asked > 50 and float(found[0]["value"][1]) == asked
