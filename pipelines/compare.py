@@ -37,14 +37,14 @@ from pipelines.plain import device_of
 from pipelines.progress import say
 from pipelines.publish import rows_that_choose
 from pipelines.results import markdown, pictures
-from pipelines.run import TRAINED, prepare_step, run
+from pipelines.run import TRAINED, given_tokenizer, prepare_step, run, with_architecture_of_start
 from pipelines.tracking import Tracker, check_tracking
 from yan_core.config import RunConfig, unknown_name
 from yan_core.files import atomic_folder, write_file
 
 SETTINGS_OF_A_VARIANT = ("label", "settings", "compute")
 
-KEPT = ("data", "tokenizer", "seed", "name", "runs_dir", "init_from")
+KEPT = ("data", "tokenizer", "seed", "name", "runs_dir")
 """What all contestants have in common."""
 
 
@@ -81,7 +81,7 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant], arguments:
         say(f"compare: {sum(budget.values()) / 1e12:.1f} TFLOPs of training and {size / 1e6:.2f}M parameters each")
         runs, configs = {}, {}
         for name, contestant in contestants.items():
-            own = entered(name, contestant, config, size)
+            own = with_architecture_of_start(entered(name, contestant, config, size))
             if not contestant.is_the_run_compared:
                 own = with_compute(own, prepared, {stage: contestant.compute * of for stage, of in budget.items()})
                 share_prepared(config, own)
@@ -178,14 +178,22 @@ def main(args: Sequence[str]) -> int:
     if config.baseline is not None:
         raise UsageError("--config must be of a YAN, which the contestants are made to match; leave `baseline` out")
     if config.init_from:
-        raise UsageError("init_from: every contestant begins with fresh weights; leave it out")
+        raise UsageError(
+            "init_from: the run compared begins with fresh weights; give the model's tokenizer as `tokenizer.path` and "
+            "`init_from` to a variant (pipelines/configs/variants/pretraining.yaml)"
+        )
     known = {**CONTESTANTS, **(read_variants(chosen.variants) if chosen.variants else {})}
     names = chosen.contestants or list(known)
     for name in names:
         if name not in known:
             raise UsageError(unknown_name("--contestants", name, list(known)))
     check_tracking(config)
-    for name in names:  # a setting that does not fit is found before anything is trained
-        entered(name, known[name], config, 1_000_000)
+    for name in names:  # what does not fit is found before anything is trained
+        own = with_architecture_of_start(entered(name, known[name], config, 1_000_000))
+        if given_tokenizer(own) != given_tokenizer(config):
+            raise UsageError(
+                f"{name}: init_from={own.init_from} has another tokenizer than the run compared, which all share; give "
+                f"--tokenizer.path {own.init_from}"
+            )
     compare(config, {name: known[name] for name in names}, args)
     return 0

@@ -63,6 +63,7 @@ def check_job(config: RunConfig, trains: bool = True) -> None:
     paths = {
         "runs_dir": config.runs_dir,
         "init_from": config.init_from,
+        "tokenizer.path": config.tokenizer.path,
         "scaling.storage": config.scaling.storage,
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
         "evaluation.bertscore_model": config.evaluation.bertscore_model,

@@ -221,10 +221,10 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
     tokenizer_file = work / "tokenizer.json"
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.from_json(tokenizer_file.read_text(encoding="utf-8"))
-    elif config.init_from:
+    elif given := config.tokenizer.path or config.init_from:
         from yan_core.checkpoint import from_pretrained  # brings torch, which tokenising workers do without
 
-        tokenizer = from_pretrained(config.init_from)[1]
+        tokenizer = from_pretrained(given)[1]
     else:
         started = time.perf_counter()
         tokenizer = _train_tokenizer(config, pairs, corpora)

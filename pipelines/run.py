@@ -98,11 +98,34 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
         "data": settings,
         "datasets": used,
         "files": files,
-        "tokenizer": to_dict(config.tokenizer),
+        "tokenizer": {key: value for key, value in to_dict(config.tokenizer).items() if key != "path"},
         "seed": config.seed,
         "world": built_in,
-        "init_from": read_config(config.init_from)["sha256"] if config.init_from else {},
+        "init_from": given_tokenizer(config),
     }
+
+
+def given_tokenizer(config: RunConfig) -> dict[str, str]:
+    """Hash of the tokenizer that is not trained here; empty where it is.
+
+    Raises:
+        CheckpointError: If a folder named holds no whole model.
+        ValueError: If the model to start from has another tokenizer than the one named.
+    """
+    folders = [folder for folder in (config.tokenizer.path, config.init_from) if folder]
+    found = [read_config(folder)["sha256"]["tokenizer.json"] for folder in folders]
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"tokenizer.path={config.tokenizer.path} and init_from={config.init_from} have different tokenizers, and a "
+            "model keeps its own: leave tokenizer.path out"
+        )
+    return {"tokenizer.json": found[0]} if found else {}
+
+
+def _start_of_training(config: RunConfig) -> str:
+    """Fingerprint of the data, and of the model to start from."""
+    start = {"start": read_config(config.init_from)["sha256"]} if config.init_from else {}
+    return fingerprint({**data_inputs(config), **start})
 
 
 def with_architecture_of_start(config: RunConfig) -> RunConfig:
@@ -210,7 +233,7 @@ def train_steps(
     config: RunConfig, folder: Path, prepared: Prepared, tracker: Tracker | None, seconds: dict[str, float]
 ) -> Path:
     """Train the stages that are not up to date; returns the last stage's model folder."""
-    before = fingerprint(data_inputs(config))
+    before = _start_of_training(config)
     model = str(Path(config.init_from).resolve()) if config.init_from else ""
     jobs = []
     for stage in STAGES:
@@ -301,7 +324,7 @@ def _known_run(folder: Path, final: str) -> str | None:
 
 
 def _final_inputs(config: RunConfig) -> dict[str, Any]:
-    before = fingerprint(data_inputs(config))
+    before = _start_of_training(config)
     for stage in STAGES:
         if getattr(config.stages, stage).max_steps:
             before = fingerprint(stage_inputs(config, stage, before))

@@ -7,7 +7,6 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from serve.auth import load_keys, refuse_open_server
+from serve.auth import keep_keys, keys_file, load_keys, refuse_open_server
 from serve.engine import Engine
 from serve.exporter import Exporter
 from serve.metrics import Metrics
@@ -77,14 +76,15 @@ class Shelf:
 class Server:
     """One replica, which takes HTTP itself: there is no hop between ingress and model, and one copy of the weights."""
 
-    async def __init__(self, args: AppArgs, keys: Mapping[str, str]) -> None:
+    async def __init__(self, args: AppArgs) -> None:
         """Load the model and generate with it; a replica that cannot is not started.
 
         Raises:
-            ValueError: If the model cannot be found or read, or anyone on the network could use it.
+            ValueError: If model or keys cannot be found or read, or anyone on the network could use it.
             RuntimeError: If it cannot generate.
         """
         # However it was started, by `yan serve`, `serve run` or `serve deploy`: only the controller knows the address.
+        keys = load_keys(args.api_keys_file)
         controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         refuse_open_server((await controller.get_http_config.remote()).host, keys)
         torch.set_num_threads(max(1, int(args.cpus_per_replica)))
@@ -104,6 +104,8 @@ class Server:
         )
         if any(map(is_registered, (args.model, *args.more_models))) or args.any_registered:
             self._fresh = asyncio.create_task(self.models.keep_fresh(args.refresh_s))
+        if keys:
+            self._keys = asyncio.create_task(keep_keys(keys, args.api_keys_file, args.refresh_s))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Asked by Serve after __init__."""
@@ -119,11 +121,13 @@ def build_app(args: AppArgs) -> Application:
     """The app that Serve runs.
 
     Args:
-        args: Its arguments; a relative model folder or SQLite registry is taken from the folder this runs in, and the
-            file of keys is read here.
+        args: Its arguments; a relative model folder, SQLite registry or file of keys is taken from the folder this runs
+            in. Each replica reads the file on its own node.
     """
     model, *more = (_absolute(model) for model in (args.model, *args.more_models))
-    args = args.model_copy(update={"model": model, "more_models": tuple(more)})
+    keys = keys_file(args.api_keys_file)
+    load_keys(keys)  # what is wrong with them is told before anything starts
+    args = args.model_copy(update={"model": model, "more_models": tuple(more), "api_keys_file": keys})
     if args.any_registered or any(map(is_registered, (model, *more))):
         args = args.model_copy(update={"tracking_uri": registry_uri(args.tracking_uri)})
     if args.access_log:
@@ -137,7 +141,7 @@ def build_app(args: AppArgs) -> Application:
         max_queued_requests=most,
         backpressure_config={"retry_after_s": 1},
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": int(args.use_gpu)},
-    ).bind(args, load_keys(args.api_keys_file))
+    ).bind(args)
 
 
 def replicas(args: AppArgs) -> dict[str, Any]:

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-ENVIRONMENT = "YAN_API_KEYS"
-"""Holds what a file of keys holds, where none is named; lines may be separated by commas too."""
+logger = logging.getLogger("ray.serve")
+
+ENVIRONMENT = "YAN_API_KEYS_FILE"
+"""Names the file of keys where the app's arguments name none."""
 ANYONE = "anyone"
 """Name of whoever asks a server without keys."""
+
+
+def keys_file(named: str = "") -> str:
+    """Absolute path of the file of keys: the one named, else the environment's; empty: there is none."""
+    file = named or os.environ.get(ENVIRONMENT, "")
+    return str(Path(file).expanduser().absolute()) if file else ""
 
 
 def load_keys(file: str = "") -> dict[str, str]:
     """SHA-256 hashes, in hexadecimal digits, by the names of their owners.
 
     Args:
-        file: Lines `name sha256`; what follows a `#` does not count. Empty: the environment.
+        file: Lines `name sha256`; what follows a `#` does not count. Empty: the environment's, see `keys_file`.
+
+    Returns:
+        Empty: there is no file, and anyone may ask.
 
     Raises:
         ValueError: If the file cannot be read, a line is something else, or there is none; nothing of a line that could
             be a key is repeated.
     """
-    where = file or ENVIRONMENT
+    if not (file := keys_file(file)):
+        return {}
     try:
-        text = Path(file).read_text(encoding="utf-8") if file else os.environ.get(ENVIRONMENT, "").replace(",", "\n")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"api_keys_file={file} (yan serve --api-keys) cannot be read: {reason}") from None
+        raise ValueError(
+            f"api_keys_file={file} (yan serve --api-keys, or {ENVIRONMENT}) cannot be read: {reason}"
+        ) from None
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()
@@ -39,13 +55,38 @@ def load_keys(file: str = "") -> dict[str, str]:
             continue
         if len(words) != 2 or not re.fullmatch(r"[0-9a-f]{64}", words[1]) or words[0] in keys:
             raise ValueError(
-                f"line {number} of {where} must be a name of its own and the SHA-256 of a key in 64 digits, such as "
+                f"line {number} of {file} must be a name of its own and the SHA-256 of a key in 64 digits, such as "
                 "`printf %s KEY | sha256sum` gives"
             )
         keys[words[0]] = words[1]
-    if file and not keys:
+    if not keys:
         raise ValueError(f"api_keys_file={file} holds no key")
     return keys
+
+
+async def keep_keys(keys: dict[str, str], file: str, every_s: float) -> None:
+    """Take up, for ever, what changes in the file of keys; one that is broken or gone leaves them as they were.
+
+    Args:
+        keys: From `load_keys`; changed in place.
+        file: Where they are.
+        every_s: Seconds between two looks.
+    """
+    told = ""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            found = await asyncio.to_thread(load_keys, file)
+        except ValueError as error:
+            if str(error) != told:
+                logger.error("the keys stay as they were: %s", error)
+            told = str(error)
+            continue
+        told = ""
+        if found != keys:
+            keys.clear()
+            keys.update(found)
+            logger.info("the file of keys has changed: %s may ask", ", ".join(keys))
 
 
 def owner(keys: Mapping[str, str], authorization: str | None) -> str | None:
@@ -79,7 +120,7 @@ def refuse_open_server(host: str, keys: Mapping[str, str]) -> None:
     if not keys and not is_loopback(host):
         raise ValueError(
             f"host={host} opens the server to other machines, and anyone could use it: name keys in api_keys_file "
-            f"(yan serve --api-keys FILE) or {ENVIRONMENT}, or listen on 127.0.0.1"
+            f"(yan serve --api-keys FILE, or {ENVIRONMENT}=FILE), or listen on 127.0.0.1"
         )
 
 

@@ -58,7 +58,7 @@ class AppArgs(BaseModel):
     max_models: Annotated[int, Field(ge=1)] = 4
     """Most models in a replica's memory; one more, and the one that was not asked for the longest goes."""
     refresh_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often a replica looks whether an alias of its models has moved to another version."""
+    """How often a replica looks whether an alias of its models has moved to another version, or its keys changed."""
     tracking_uri: str = ""
     """Registry of `models:/` models; empty: MLFLOW_TRACKING_URI."""
     num_replicas: Annotated[int, Field(ge=0)] = 1
@@ -90,7 +90,7 @@ class AppArgs(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1)] = 2 * 2**20
     """Longest body of a request: by default with room for the longest source with every character escaped."""
     api_keys_file: str = ""
-    """Who may ask: lines `name sha256-of-the-key`. Empty: YAN_API_KEYS, which holds such lines, else anyone."""
+    """Who may ask: lines `name sha256-of-the-key`. Empty: the file that YAN_API_KEYS_FILE names, else anyone."""
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
     """Most requests of a key to a replica in a minute, all of which may come at once; 0: no limit."""
     access_log: str = ""

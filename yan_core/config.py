@@ -36,6 +36,8 @@ class TokenizerConfig:
     """Lower-case the text first; the case is then lost in answers too, and does not count when they are scored."""
     sample_rows: int = 50_000
     """Rows read to train the vocabulary, of each data set and there as many of each file or part of one."""
+    path: str = ""
+    """Model folder whose tokenizer is taken in place of one trained here; the settings above say nothing then."""
 
     def __post_init__(self) -> None:
         least = 260 if self.kind == "bpe" else 8

@@ -169,6 +169,11 @@ class Machines:
             there.write_text(f"#!{self.root}/yan-env/bin/python\n{rest}")
             there.chmod(0o755)
 
+    @property
+    def api_key(self) -> str:
+        """That of a caller who may ask the service."""
+        return (self.folder / "api_key").read_text()
+
     # --- what a person fills in ---------------------------------------------------------------------------------------
 
     def _write_secrets(self) -> None:

@@ -46,7 +46,7 @@ class Fake:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / "token"),
             "RAY_ADDRESS": f"127.0.0.1:{port}",
-            "YAN_API_KEYS": "",
+            "YAN_API_KEYS_FILE": "",
         }
         (home / "token").write_text("0123456789abcdef0123456789abcdef")
         no_commands = {

@@ -155,7 +155,7 @@ def test_secrets_are_named_not_held():
     assert find("Secret") == []
     for name, container in CONTAINERS:
         for variable in container.get("env", []):
-            if re.search("PASSWORD|TOKEN|SECRET|_KEY", variable["name"]):
+            if re.search("(PASSWORD|TOKEN|SECRET|_KEY)(?!.*_FILE$)", variable["name"]):  # a file's name is none
                 assert "secretKeyRef" in variable["valueFrom"], f"{name}: {variable['name']}"
 
 
@@ -246,7 +246,13 @@ def test_the_service_knows_who_may_ask():
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert config["http_options"]["host"] == "0.0.0.0"
     ours = [container for where, container in CONTAINERS if "RayService" in where or "ray_service" in where]
-    assert ours and all({"secretRef": {"name": "yan-api-keys"}} in container["envFrom"] for container in ours)
+    mounted = {"name": "api-keys", "mountPath": "/etc/yan", "readOnly": True}
+    assert ours and all(mounted in container["volumeMounts"] for container in ours)
+    for container in ours:
+        assert {"name": "YAN_API_KEYS_FILE", "value": "/etc/yan/api_keys"} in container["env"]
+    pods = [pod["spec"] for where, pod in PODS if "RayService" in where or "ray_service" in where]
+    held = {"name": "api-keys", "secret": {"secretName": "yan-api-keys"}}
+    assert pods and all(held in pod["volumes"] for pod in pods)
 
 
 def test_no_two_ray_objects_have_one_name():

@@ -4,9 +4,11 @@
 clusters/launcher/on_premises.yaml, of which hosts, user and key alone are filled in.
 """
 
+import hashlib
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import threading
@@ -126,6 +128,40 @@ def test_five_commands_end_in_an_answer(cluster: Launched):
     assert answer["model"] == "world" and "text" in answer
 
 
+def test_callers_keys_change_without_a_new_start(cluster: Launched):
+    """The runbook's command sends the file to the nodes, and the replicas take up what is in it."""
+    text = (ROOT / "docs/OPERATIONS.md").read_text()
+    (send,) = re.findall(r"`(ray rsync-up --all-nodes clusters/launcher/on_premises.yaml [^`]+)`", text)
+    keys, old = cluster.machines.user_home / ".yan/auth/api_keys", cluster.machines.api_key
+    before, first = cluster.replicas(), keys.read_text()
+    assert before
+
+    def opens(key: str) -> bool:
+        """Whether the service answers to a key; it must refuse or answer."""
+        url = f"http://{ADDRESSES['head']}:8000/v1/models"
+        try:
+            return bool(asked(url, key))
+        except urllib.error.HTTPError as error:
+            assert error.code == 401, error
+            return False
+
+    def send_keys(lines: str) -> None:
+        keys.write_text(lines)
+        cluster.shell(send.replace("clusters/launcher/on_premises.yaml", str(cluster.machines.file)))
+
+    assert opens(old) and not opens("the next key")
+    following = f"next {hashlib.sha256(b'the next key').hexdigest()}\n"
+    send_keys(first + following)
+    wait_until(lambda: opens("the next key"), 60)
+    assert opens(old)
+    send_keys(following)
+    wait_until(lambda: not opens(old), 60)
+    assert opens("the next key")
+    send_keys(first)
+    wait_until(lambda: opens(old), 60)
+    assert cluster.replicas() == before
+
+
 def test_script_of_ones_own_is_sent_and_run(cluster: Launched, tmp_path: Path):
     script = tmp_path / "count.py"
     script.write_text(
@@ -140,7 +176,7 @@ class Callers:
     """Requests without end against the head's address; each is to be answered once, with 200."""
 
     def __init__(self, cluster: Launched, count: int = 4) -> None:
-        key = (cluster.machines.folder / "api_key").read_text()
+        key = cluster.machines.api_key
         self.url = f"http://{ADDRESSES['head']}:8000/v1/generate"
         self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self.answered, self.slowest, self.failed, self.stopping = 0, 0.0, [], threading.Event()
@@ -260,6 +296,19 @@ def test_training_goes_on_when_a_node_is_cut_off(cluster: Launched, tiny_setting
     resumed = [int(step) for step in re.findall(r"goes on from its checkpoint at step (\d+)", said)]
     assert resumed and resumed[0] > 0, said[-3000:]
     assert (cluster.machines.shared / "cut/stages/finetune").is_dir()
+
+
+def test_a_new_token_holds_after_ray_down_and_ray_up(cluster: Launched):
+    """Every process keeps the one that it started with, so that the old one opens nothing more."""
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"])
+    old, new = token.read_text(), secrets.token_hex(32)
+    cluster.shell(f"ray down --yes {cluster.machines.file}")
+    wait_until(lambda: not any(cluster.machines.runs(name, "raylet") for name in NAMES), 120)
+    token.write_text(new)
+    cluster.shell(five_commands()[1].replace("runs/machines", str(cluster.machines.folder)))
+    cluster.wait_for_nodes(NAMES)
+    with pytest.raises(urllib.error.HTTPError, match="401|403"):
+        asked(f"{cluster.address}/nodes?view=summary", old)
 
 
 def test_ray_down_ends_ray_on_every_machine(cluster: Launched):

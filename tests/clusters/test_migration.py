@@ -40,7 +40,7 @@ def mlflow_server(database: str, files: str, log: Path) -> Iterator[str]:
             yield url
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
 
 
 def _answers(url: str) -> bool:

@@ -28,7 +28,7 @@ def test_a_registry_must_be_named(monkeypatch):
         build_app(AppArgs(model="models:/yan-tiny@champion"))
 
 
-def test_keys_are_read_where_the_app_is_built(model_folder, tmp_path):
+def test_keys_that_cannot_be_read_are_told_before_anything_starts(model_folder, tmp_path):
     with pytest.raises(ValueError, match="api_keys_file=.* cannot be read"):
         build_app(AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "nowhere")))
 

@@ -1,11 +1,12 @@
 """Keys: how they are read, what is compared, and where they are a must."""
 
+import asyncio
 import hashlib
 
 import pytest
 
 from serve import auth
-from serve.auth import ANYONE, is_loopback, load_keys, owner, refuse_open_server
+from serve.auth import ANYONE, is_loopback, keep_keys, load_keys, owner, refuse_open_server
 
 
 def digest(key: str) -> str:
@@ -16,13 +17,16 @@ KEYS = {"ann": digest("secret-a"), "bob": digest("secret-b")}
 
 
 def test_keys_of_a_file_and_of_the_environment(tmp_path, monkeypatch):
-    monkeypatch.delenv("YAN_API_KEYS", raising=False)
+    monkeypatch.delenv("YAN_API_KEYS_FILE", raising=False)
     assert load_keys() == {}
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\n\nann {KEYS['ann']}  # since May\nbob\t{KEYS['bob']}\n")
     assert load_keys(str(file)) == KEYS
-    monkeypatch.setenv("YAN_API_KEYS", f"ann {KEYS['ann']},bob {KEYS['bob']}")
+    monkeypatch.setenv("YAN_API_KEYS_FILE", "~/keys")
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert load_keys() == KEYS
+    (tmp_path / "own").write_text(f"cid {KEYS['ann']}\n")
+    assert load_keys(str(tmp_path / "own")) == {"cid": KEYS["ann"]}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,31 @@ def test_a_file_that_protects_nothing_is_refused(tmp_path):
     (tmp_path / "keys").write_text("# nobody yet\n")
     with pytest.raises(ValueError, match="holds no key"):
         load_keys(str(tmp_path / "keys"))
+
+
+def test_a_change_of_the_file_is_taken_up_and_a_broken_file_is_not(tmp_path, caplog):
+    file = tmp_path / "keys"
+    line = {name: f"{name} {hashed}\n" for name, hashed in KEYS.items()}
+
+    async def seen(text: str | None) -> dict[str, str]:
+        """The keys after the file has become that."""
+        file.unlink() if text is None else file.write_text(text)
+        await asyncio.sleep(0.2)
+        return dict(keys)
+
+    async def rotate() -> list[dict[str, str]]:
+        task = asyncio.create_task(keep_keys(keys, str(file), 0.01))
+        states = (line["ann"] + line["bob"], line["bob"], "", "bob secret-b", None, line["ann"])
+        found = [await seen(text) for text in states]
+        task.cancel()
+        return found
+
+    file.write_text(line["ann"])
+    keys = load_keys(str(file))
+    bob, ann = {"bob": KEYS["bob"]}, {"ann": KEYS["ann"]}
+    assert asyncio.run(rotate()) == [KEYS, bob, bob, bob, bob, ann]
+    told = [record.message for record in caplog.records if "stay as they were" in record.message]
+    assert len(told) == 3 and "secret-b" not in "".join(told)  # once for each, not at every look
 
 
 @pytest.mark.parametrize(

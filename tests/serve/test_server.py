@@ -38,9 +38,15 @@ import sys
 from serve.launch import serve_blocking
 from serve.schemas import AppArgs
 model, keys, log = sys.argv[1:]
-args = AppArgs(model=model, api_keys_file=keys, access_log=log, num_replicas=2, cpus_per_replica=0.5)
+args = AppArgs(
+    model=model, api_keys_file=keys, access_log=log, num_replicas=2, cpus_per_replica=0.5, refresh_s=0.5
+)
 serve_blocking(args, port=0)
 """
+
+
+def line_of_key(name: str, key: str) -> str:
+    return f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n"
 
 
 class Server:
@@ -48,7 +54,8 @@ class Server:
 
     def __init__(self, model: Path, home: Path) -> None:
         self.log, self.access_log = home / "terminal.txt", home / "access.jsonl"
-        (home / "keys").write_text(f"tests {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+        self.keys = home / "keys"
+        self.keys.write_text(line_of_key("tests", KEY))
         env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         with self.log.open("w") as out:
             # A session of its own: a Ctrl-C at the tests is not one at the server.
@@ -74,10 +81,10 @@ class Server:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120)
 
-    def ask(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
+    def ask(self, path: str, body: Any = None, method: str | None = None, key: str = KEY) -> tuple[int, Any]:
         """Status and JSON body; `body` may be bytes, or anything for JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -259,8 +266,31 @@ def test_a_refusal_goes_through_serve_as_it_is(server, path, method, body, statu
     assert (found, answer["error"]["param"]) == (status, param)
 
 
+def test_keys_are_rotated_while_it_serves(server):
+    """Every replica takes the new one up, then gives the old one up, and is not started anew."""
+    old, new = line_of_key("tests", KEY), line_of_key("next", "another key")
+    before = {process.pid for process in server.family if "ServeReplica" in " ".join(process.cmdline())}
+    assert len(before) == 2
+
+    def known(key: str) -> set[bool]:
+        """Whether a key opens the door: of twelve requests, so that both replicas are asked."""
+        return {server.ask("/v1/models", key=key)[0] == 200 for _ in range(12)}
+
+    for text, opens, closed in ((old + new, {KEY, "another key"}, set()), (new, {"another key"}, {KEY})):
+        server.keys.write_text(text)
+        deadline = time.monotonic() + 60
+        while {key: known(key) for key in opens | closed} != {key: {key in opens} for key in opens | closed}:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    server.keys.write_text(old)
+    while known(KEY) != {True}:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+    assert before <= {process.pid for process in server.family}
+
+
 def test_an_open_server_without_keys_does_not_start(model_folder, monkeypatch):
-    monkeypatch.delenv("YAN_API_KEYS", raising=False)
+    monkeypatch.delenv("YAN_API_KEYS_FILE", raising=False)
     with pytest.raises(ValueError, match="host=0.0.0.0 opens the server to other machines"):
         with running_server(AppArgs(model=str(model_folder)), host="0.0.0.0", port=0):
             pass
