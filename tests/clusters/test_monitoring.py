@@ -15,6 +15,7 @@ from tests.clusters.checks import CLUSTERS, dashboard, metrics_of, prometheus, p
 MONITORING = CLUSTERS / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana/dashboards/yan.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RULES = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"][0]["rules"]
 
 
 @pytest.mark.parametrize(
@@ -68,32 +69,69 @@ def test_checker_finds_wrong_alerts_and_configs():
     assert "scrape_config" in prometheus(written(config))[0]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "fires"),
-    [
-        ({"a": "1x30", "b": "1x30"}, False),
-        ({"a": "1x10 0x20", "b": "1x30"}, False),
-        ({"a": "1x10 0x20", "b": "1x10 0x20"}, True),
-        ({"a": "1x10", "b": "1x10"}, True),  # gone with their nodes: there is nothing left to be 0
-        ({}, False),  # nothing was served here
-    ],
-)
-def test_alert_when_no_replica_is_healthy(replicas: dict[str, str], fires: bool, tmp_path: Path):
+HEALTHY = 'ray_serve_deployment_replica_healthy{application="yan", replica="%s"}'
+REQUESTS = 'ray_serve_num_http_requests_total{application="yan"}'
+ERRORS = 'ray_serve_num_http_error_requests_total{application="yan", error_code="%s"}'
+SLOW = 'ray_serve_deployment_processing_latency_ms_bucket{application="yan", le="%s"}'
+QUEUE = 'ray_yan_queue_size{application="yan", replica="%s"}'
+
+
+def takes(under_a_second: int) -> dict[str, str]:
+    """A histogram of a hundred answers a minute, of which so many take less than a second."""
+    counts = {"500": under_a_second, "1000": under_a_second, "2000": 100, "+Inf": 100}
+    return {SLOW % le: f"0+{count}x100" for le, count in counts.items()}
+
+
+CASES = [
+    ("NoHealthyReplica", {HEALTHY % "a": "1x100", HEALTHY % "b": "1x100"}, False),
+    ("NoHealthyReplica", {HEALTHY % "a": "1x10 0x90", HEALTHY % "b": "1x100"}, False),
+    ("NoHealthyReplica", {HEALTHY % "a": "1x85 0x15", HEALTHY % "b": "1x85 0x15"}, True),
+    ("NoHealthyReplica", {HEALTHY % "a": "1x70", HEALTHY % "b": "1x70"}, True),  # gone with their nodes: none is 0
+    ("NoHealthyReplica", {}, False),  # nothing was served here
+    ("ServiceFails", {REQUESTS: "0+600x100", ERRORS % 500: "0+7x100"}, True),
+    ("ServiceFails", {REQUESTS: "0+600x100", ERRORS % 500: "0+5x100"}, False),
+    ("ServiceFails", {REQUESTS: "0+600x100", ERRORS % 500: "0+4x100", ERRORS % 503: "0+3x100"}, True),
+    ("ServiceFails", {REQUESTS: "0+600x100", ERRORS % 404: "0+60x100"}, False),  # of those who ask
+    ("ServiceSlow", takes(94), True),
+    ("ServiceSlow", takes(96), False),
+    ("RequestsQueue", {QUEUE % "a": "251x100", QUEUE % "b": "250x100"}, True),
+    ("RequestsQueue", {QUEUE % "a": "250x100", QUEUE % "b": "250x100"}, False),
+    ("NodeOutOfMemory", {"ray_node_mem_used": "96x100", "ray_node_mem_total": "100x100"}, True),
+    ("NodeOutOfMemory", {"ray_node_mem_used": "95x100", "ray_node_mem_total": "100x100"}, False),
+    ("DiskFull", {"ray_node_disk_free": "9x100", "ray_node_disk_usage": "91x100"}, True),
+    ("DiskFull", {"ray_node_disk_free": "11x100", "ray_node_disk_usage": "89x100"}, False),
+    ("GpuIdle", {"ray_node_gpus_utilization": "4x100", "ray_node_gpus_available": "1x100"}, True),
+    ("GpuIdle", {"ray_node_gpus_utilization": "50x40 4x60", "ray_node_gpus_available": "1x100"}, False),
+    ("GpuIdle", {"ray_node_gpus_utilization": "6x100", "ray_node_gpus_available": "1x100"}, False),
+    ("GpuIdle", {}, False),  # a cluster of CPUs
+]
+"""Alert, what is measured, and whether it fires."""
+
+
+@pytest.mark.parametrize(("alert", "series", "fires"), CASES)
+def test_alerts_fire_when_they_should_and_not_before(alert: str, series: dict[str, str], fires: bool, tmp_path: Path):
+    """After ninety minutes of these values, one a minute, by Prometheus' own tool."""
     tool = shutil.which("promtool")
     if tool is None:
         pytest.skip("promtool is not installed: apt-get install prometheus")
-    metric = "ray_serve_deployment_replica_healthy"
-    series = [
-        {"series": f'{metric}{{application="yan", replica="{name}"}}', "values": values}
-        for name, values in replicas.items()
+    (rule,) = (rule for rule in RULES if rule["alert"] == alert)
+    of_node = {"instance": "n1"} if "$labels.instance" in rule["annotations"]["summary"] else {}
+    values = [
+        {"series": f'{name}{{instance="n1"}}' if of_node else name, "values": numbers}
+        for name, numbers in series.items()
     ]
-    expected = {"exp_labels": {"severity": "page"}, "exp_annotations": {"summary": "No replica is healthy"}}
-    asked = {"alertname": "NoHealthyReplica", "eval_time": "25m", "exp_alerts": [expected] if fires else []}
-    test = {"interval": "1m", "input_series": series, "alert_rule_test": [asked]}
+    summary = rule["annotations"]["summary"].replace("{{ $labels.instance }}", "n1")
+    expected = {"exp_labels": rule["labels"] | of_node, "exp_annotations": {"summary": summary}}
+    asked = {"alertname": alert, "eval_time": "90m", "exp_alerts": [expected] if fires else []}
+    test = {"interval": "1m", "input_series": values, "alert_rule_test": [asked]}
     file = tmp_path / "test.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(MONITORING / "rules.yml")], "tests": [test]}))
     done = subprocess.run([tool, "test", "rules", str(file)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_seen_to_fire():
+    assert {rule["alert"] for rule in RULES} == {alert for alert, _, fires in CASES if fires}
 
 
 def test_panels_are_told_apart_and_do_not_overlap():

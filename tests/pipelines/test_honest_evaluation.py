@@ -15,7 +15,7 @@ import torch
 
 import yan_core
 from pipelines.cli import main, parse_config
-from pipelines.contestants import measure_speeds
+from pipelines.contestants import CONTESTANTS, entered, flow_parameters, measure_speeds
 from pipelines.documents import KeepOut
 from pipelines.encode import text_row
 from pipelines.evaluation import _speed, best_constant, score_answers
@@ -24,12 +24,15 @@ from pipelines.speed import Speed
 from tests.yan_core.tiny import tiny_config, tiny_model
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import DataConfig, RunConfig, SamplingConfig, TokenizerConfig, from_dict
-from yan_core.model import YanModel, build_model
+from yan_core.model import build_model
 from yan_core.tasks import TASKS, get_task
 from yan_core.tokenization import Tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
 STORY = "Anna took her dog to the park. It rained all day long. They went home and slept by the warm fire."
+MOST_FOR_WORDS = {"squad": 0.65, "size_5m": 0.56, "size_50m": 0.6}
+"""Recipes whose words take more than half of the parameters: SQuAD's 8,192 stand before a model of minutes, and one expert
+has a smaller body than four under the same words."""
 ROWS = {
     "question_answering": {"context": STORY, "question": "Where did Anna go?", "answers": ["to some park", "park"]},
     "classification": {"text": STORY, "label": "Fiction"},
@@ -122,12 +125,19 @@ def generator() -> yan_core.TextGenerator:
 
 
 def test_answers_depend_on_their_seed_and_on_nothing_that_is_random(generator):
-    """Trap 4: noise of the encoder, or a gate drawn from the process's generator, that make "greedy" random."""
+    """Trap 4: noise of the encoder, or a gate drawn from the process's generator, that make "greedy" random.
+
+    Nor on a source's place in its batch, nor on what was answered before; with other seeds answers do differ.
+    """
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         found.append([g.tokens for g in generator.generate([STORY, "Where is Anna?"] * 3, 3, seeds=5)])
     assert found[0] == found[1]
+    assert found[0][0::2] == found[0][:1] * 3 and found[0][1::2] == found[0][1:2] * 3
+    assert generator.generate(["Where is Anna?"], 3, seeds=5)[0].tokens == found[0][1]
+    by_seed = [tuple(g.tokens) for g in generator.generate([STORY] * 16, 3, seeds=range(16))]
+    assert len(set(by_seed)) > 1
 
 
 def test_tokens_per_second_count_answers_and_no_filling(generator, monkeypatch):
@@ -158,17 +168,21 @@ def test_tokens_per_second_count_answers_and_no_filling(generator, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_vocabulary_takes_no_more_than_two_thirds_of_a_recipes_parameters(path):
-    """Trap 6: 128k tokens spend most of a 200M model on embeddings. Ours is bounded, though the models are small."""
+def test_a_vocabulary_takes_no_more_than_half_of_a_models_parameters(path):
+    """Trap 6: 128k tokens spend most of a 200M model on embeddings. YAN's share is bounded, and the baselines'."""
     config = parse_config("run", ["--config", str(path)])
-    with torch.device("meta"):
-        model = YanModel(config.model, config.tokenizer.vocab_size)
-    share = 1 - model.num_parameters(embeddings=False) / model.num_parameters()
     recipe = not config.name.startswith("size_")
-    assert config.tokenizer.vocab_size <= 32_768
-    assert not recipe or (config.tokenizer.vocab_size <= 8_192 and model.num_parameters() <= 10_000_000)
-    if config.tokenizer.kind == "bpe":  # a word vocabulary is as large as the corpus makes it: tens of words in ours
-        assert share < 2 / 3 if recipe else share < 0.75, f"{share:.2f} of {model.num_parameters()}"
+    assert config.tokenizer.vocab_size <= (8_192 if recipe else 32_768)
+    if config.tokenizer.kind != "bpe":
+        return  # a word vocabulary is as large as the corpus makes it: tens of words in ours
+    size = flow_parameters(config, config.tokenizer.vocab_size)
+    for name, contestant in CONTESTANTS.items():
+        architecture = entered(name, contestant, config, size).architecture
+        with torch.device("meta"):
+            model = build_model(architecture, config.tokenizer.vocab_size, seed=0)
+        total, body = model.num_parameters(), model.num_parameters(embeddings=False)
+        assert not recipe or total <= 10_000_000, name
+        assert 1 - body / total < MOST_FOR_WORDS.get(path.stem, 0.5), f"{name}: {body} of {total}"
 
 
 def test_evaluate_tells_intervals_lengths_and_counts(tmp_path, capsys):
