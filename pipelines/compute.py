@@ -35,7 +35,8 @@ def step_flops(config: RunConfig, data: TrainingData, stage: str) -> float:
     """Mean floating-point operations of a stage's step, forward and backward.
 
     They are counted on a batch of about mean size, for each number of solver steps that may be drawn, as often as it
-    is drawn, and taken to be in proportion to the places of a batch.
+    is drawn, and taken to be in proportion to the places of a batch. PyTorch counts products of matrices, convolutions
+    and attention: what is done element by element is left out, Mamba's scan among it.
 
     Args:
         config: The run.

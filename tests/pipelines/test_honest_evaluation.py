@@ -31,8 +31,8 @@ from yan_core.tokenization import Tokenizer
 CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
 STORY = "Anna took her dog to the park. It rained all day long. They went home and slept by the warm fire."
 MOST_FOR_WORDS = {"squad": 0.65, "size_5m": 0.56, "size_50m": 0.6}
-"""Recipes whose words take more than half of the parameters: SQuAD's 8,192 stand before a model of minutes, and one expert
-has a smaller body than four under the same words."""
+"""Recipes whose words take more than half of the parameters: SQuAD's 8,192 stand before a model of minutes, and one
+expert has a smaller body than four under the same words."""
 ROWS = {
     "question_answering": {"context": STORY, "question": "Where did Anna go?", "answers": ["to some park", "park"]},
     "classification": {"text": STORY, "label": "Fiction"},
