@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -160,6 +161,14 @@ def test_callers_keys_change_without_a_new_start(cluster: Launched):
     send_keys(first)
     wait_until(lambda: opens(old), 60)
     assert cluster.replicas() == before
+
+
+def test_haproxys_figures_are_for_its_own_machine_alone(cluster: Launched):
+    assert cluster.machines.runs("head", "haproxy")
+    for port in (9101, 8404):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((ADDRESSES["head"], port), 10)
+    socket.create_connection((ADDRESSES["head"], 8000), 10).close()
 
 
 def test_script_of_ones_own_is_sent_and_run(cluster: Launched, tmp_path: Path):
