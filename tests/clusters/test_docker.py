@@ -54,7 +54,7 @@ def test_nodes_serve_behind_haproxy_as_a_laptop_does():
     node = STAGES["node"].replace("\\\n", "")
     settings = dict(word.split("=", 1) for line in re.findall(r"^ENV (.*)", node, re.M) for word in shlex.split(line))
     assert (settings[ingress.ENABLED], settings["RAY_SERVE_HAPROXY_RETRY_ON"]) == ("1", ingress.RETRIED)
-    assert settings[ingress.SEPARATE_LOOP] == "0" and settings["YAN_HAPROXY_PRIVATE"] == "1"
+    assert settings[ingress.SEPARATE_LOOP] == "0" and settings["YAN_HAPROXY_LOOPBACK"] == "1"
     copied = ROOT / Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"]).relative_to("/opt/yan")  # `COPY . /opt/yan`
     assert copied == ingress.SCRIPT and os.access(copied, os.X_OK)
     assert TEXT.count("FROM node AS") == 2  # cpu and cuda

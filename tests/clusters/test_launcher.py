@@ -98,7 +98,7 @@ def test_every_node_serves_behind_haproxy(name: str):
             exported = shlex.split(line.split("export ")[1].split(";")[0])
             assert f"{ingress.ENABLED}=1" in exported and f"{ingress.SEPARATE_LOOP}=0" in exported
             assert f"RAY_SERVE_HAPROXY_RETRY_ON={ingress.RETRIED}" in exported
-            assert "YAN_HAPROXY_PRIVATE=1" in exported
+            assert "YAN_HAPROXY_LOOPBACK=1" in exported
             (script,) = [word.partition("=")[2] for word in exported if "BINARY_PATH" in word]
             (code,) = [place.replace("~", "$HOME") for place, here in config["file_mounts"].items() if here == "."]
             assert ROOT / Path(script).relative_to(code) == ingress.SCRIPT and os.access(ingress.SCRIPT, os.X_OK)

@@ -63,7 +63,7 @@ def test_pages_of_figures_are_kept_on_loopback(tmp_path):
     config = tmp_path / "haproxy.cfg"
     config.write_text("frontend a\n    bind :9101\nlisten b\n  bind *:8404\nfrontend c\n    bind 0.0.0.0:8000\n")
     for private, kept in (("", [":9101", "*:8404"]), ("1", ["127.0.0.1:9101", "127.0.0.1:8404"])):
-        environment = os.environ | {"YAN_HAPROXY": "echo", "YAN_HAPROXY_PRIVATE": private}
+        environment = os.environ | {"YAN_HAPROXY": "echo", "YAN_HAPROXY_LOOPBACK": private}
         command = [ingress.SCRIPT, "-db", "-f", config]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == f"-db -f {config}"
