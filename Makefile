@@ -30,9 +30,9 @@ coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage report --include 'yan_core/*' --skip-covered
 	$(BIN)/coverage report --omit 'yan_core/*' --skip-covered
 
-# Clusters launched for real; what it skips, it says why. The launched ones want root.
+# Clusters launched for real. The launched ones want root; what is left out for want of a program fails, and it says which.
 test-cluster: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -rs -p no:cacheprovider -m "cluster and not soak" tests/clusters tests/pipelines $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -rs --no-skips -p no:cacheprovider -m "cluster and not soak" tests/clusters tests/pipelines $(PYTEST_ARGS)
 
 # Three machines of this one for `ray up`: see docs/OPERATIONS.md.
 machines: $(VENV)/.installed

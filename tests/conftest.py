@@ -27,6 +27,20 @@ from yan_core.config import RunConfig, from_dict  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips", action="store_true", help="what is left out, for want of a program, counts as failed"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and session.config.getoption("--no-skips") and (skipped := reporter.stats.get("skipped")):
+        reporter.write_line(f"\n--no-skips: {len(skipped)} left out count as failed; -rs says why", red=True)
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """README's commands first and what starts a Ray last, since the two must not meet."""
     items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, item.get_closest_marker("ray") is not None))
