@@ -131,7 +131,7 @@ def _embeddings(of: Mapping[str, Any]) -> int:
 
 
 def pictures(report: Report) -> dict[str, Figure]:
-    """Quality against latency, steps, size, and experts where their number varies, by file name."""
+    """Quality against latency, steps and size, and where they vary experts and what mixes tokens, by file name."""
     from matplotlib.figure import Figure  # a table can do without
 
     contestants = report["contestants"].values()
@@ -161,6 +161,9 @@ def pictures(report: Report) -> dict[str, Figure]:
     axes = by_size.subplots()
     for of in contestants:
         axes.plot(of["parameters_without_embeddings"] / 1e6, main_quality(of)["value"], "o", label=of["label"])
+    if sizes := _sizes(report):
+        points = sorted((of["parameters_without_embeddings"] / 1e6, main_quality(of)["value"]) for of in sizes)
+        axes.plot(*zip(*points, strict=True), color="gray", linewidth=1, zorder=0)
     axes.set(xlabel="parameters without embeddings, millions", ylabel=metric, title=report["name"])
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -174,7 +177,41 @@ def pictures(report: Report) -> dict[str, Figure]:
         axes.set(xlabel="experts", ylabel=f"{metric} at {MAIN_STEPS} steps", title=report["name"])
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+    if mixers := _mixers(report):
+        found["transformer_and_mamba.png"] = figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for of in mixers:
+            points = [(of["speed"][str(q["num_steps"])]["latency_ms_p50"], q["value"]) for q in of["quality"]]
+            axes.plot(*zip(*points, strict=True), marker="o", label=of["label"])
+            for (ms, value), quality in zip(points, of["quality"], strict=True):
+                axes.annotate(f" {quality['num_steps']}", (ms, value), fontsize=7)
+        axes.set(xlabel="milliseconds a request, alone (numbers: steps)", ylabel=metric, title=report["name"])
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
     return found
+
+
+def _differing_in(report: Report, settings: set[str]) -> list[Mapping[str, Any]]:
+    """The recipe, and what differs from it in these settings of the model alone."""
+    return [
+        of
+        for name, of in report["contestants"].items()
+        if of["family"] == "yan"
+        and (name == "yan" or of["settings"].keys() == {"model"})
+        and of["settings"].get("model", {}).keys() <= settings
+    ]
+
+
+def _sizes(report: Report) -> list[Mapping[str, Any]]:
+    """Contestants of a sweep over the model's size; empty: there is none."""
+    found = _differing_in(report, {"d_model", "num_heads", "flow_blocks"})
+    return found if len(found) > 2 else []
+
+
+def _mixers(report: Report) -> list[Mapping[str, Any]]:
+    """Contestants that tell attention from Mamba; empty: there are none."""
+    found = _differing_in(report, {"mixer", "source_encoder"})
+    return found if any("mixer" in of["settings"].get("model", {}) for of in found) else []
 
 
 def _by_experts(report: Report) -> dict[str, dict[int, float]]:
@@ -312,8 +349,12 @@ def _of_seed(quality: Mapping[str, Any] | None) -> str:
     return f"{100 * quality['value']:.1f}" + ("" if drawn is None else f" ({100 * drawn:.1f})")
 
 
-SHOWN = ("quality_by_latency", "quality_by_experts")
-"""Pictures that the page has: where contestants were compared, and where the number of experts was."""
+def shown(report: Report) -> set[str]:
+    """Pictures that the page has of a report: those of what was compared in it."""
+    of_models = set() if is_of_changes(report) else {"quality_by_latency"}
+    return (
+        of_models | ({"quality_by_size"} if _sizes(report) else set()) | {"quality_by_experts", "transformer_and_mamba"}
+    )
 
 
 def draw(reports: Sequence[Report], folder: Path) -> dict[str, list[str]]:
@@ -326,7 +367,7 @@ def draw(reports: Sequence[Report], folder: Path) -> dict[str, list[str]]:
         for report in reports:
             for file, figure in pictures(report).items():
                 kind = Path(file).stem
-                if kind in SHOWN[is_of_changes(report) :]:
+                if kind in shown(report):
                     name = f"{report['name']}_{kind}.svg"
                     figure.savefig(folder / name, metadata={"Date": None})
                     found.setdefault(report["name"], []).append(name)
@@ -360,8 +401,10 @@ def page(reports: Sequence[Report], verdict: str = "", drawn: Mapping[str, Seque
     ]
     for report in reports:
         table = heading(report) if is_of_changes(report) else markdown(report)
-        shown = [f"![{Path(name).stem.replace('_', ' ')}](pictures/{name})\n" for name in drawn.get(report["name"], ())]
-        parts += [table, headline(report), differences(report), over_seeds(report), *shown, report.get("notes", "")]
+        images = [
+            f"![{Path(name).stem.replace('_', ' ')}](pictures/{name})\n" for name in drawn.get(report["name"], ())
+        ]
+        parts += [table, headline(report), differences(report), over_seeds(report), *images, report.get("notes", "")]
     return "\n".join(part for part in parts if part)
 
 

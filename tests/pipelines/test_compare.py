@@ -15,7 +15,7 @@ from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
 from pipelines.prepare import prepare
-from pipelines.results import differences, headline, main_quality, over_seeds, pictures, with_other_seeds
+from pipelines.results import differences, headline, main_quality, over_seeds, pictures, shown, with_other_seeds
 from pipelines.results import main as write_page
 from pipelines.run import run
 from yan_core.config import RunConfig, from_dict, to_dict
@@ -244,6 +244,31 @@ def test_the_number_of_experts_has_a_picture_where_it_varies_with_a_line_for_eac
     }
     report["contestants"] = {name: report["contestants"][name] for name in ("yan",)}
     assert list(pictures(report)) == ["quality_by_latency.png", "quality_by_steps.png", "quality_by_size.png"]
+
+
+def test_what_mixes_tokens_and_the_models_size_have_pictures_where_they_vary():
+    rows = {1: [0.0, 0.0], 3: [1.0, 0.0]}
+    report = {"name": "world", "contestants": {"yan": changed("YAN", "yan", rows)}}
+
+    def add(name: str, settings: dict[str, Any]) -> None:
+        report["contestants"][name] = changed(name, "yan", rows, settings)
+
+    add("no_matching", {"model": {"source_encoder": {"matching_gain": 0.0}}})
+    add("k1", {"model": {"num_experts": 1}})
+    add("no_ce", {"flow_loss": {"weight_ce": 0.0}})
+    report["contestants"]["ar"] = changed("ar", "ar", rows, {"baseline": {"family": "ar"}})
+    assert "transformer_and_mamba.png" not in pictures(report)
+    add("mamba", {"model": {"mixer": "mamba", "source_encoder": {"matching_gain": 0.0}}})
+    (axes,) = pictures(report)["transformer_and_mamba.png"].axes
+    assert [line.get_label() for line in axes.lines] == ["YAN", "no_matching", "mamba"]
+    assert list(axes.lines[0].get_xdata()) == [6.0, 8.0] and list(axes.lines[0].get_ydata()) == [0.0, 0.5]
+    assert shown(report) == {"quality_by_latency", "quality_by_experts", "transformer_and_mamba"}
+    for width in (32, 96):
+        add(f"w{width}", {"model": {"d_model": width}})
+        report["contestants"][f"w{width}"]["parameters_without_embeddings"] = width * 10_000
+    (axes,) = pictures(report)["quality_by_size.png"].axes
+    assert list(axes.lines[-1].get_xdata()) == [0.32, 0.96, 1.0]
+    assert "quality_by_size" in shown(report)
 
 
 def test_a_lead_over_baselines_that_learnt_nothing_is_told_as_such():
