@@ -184,7 +184,10 @@ def pictures(report: Report) -> dict[str, Figure]:
             points = [(of["speed"][str(q["num_steps"])]["latency_ms_p50"], q["value"]) for q in of["quality"]]
             axes.plot(*zip(*points, strict=True), marker="o", label=of["label"])
             for (ms, value), quality in zip(points, of["quality"], strict=True):
-                axes.annotate(f" {quality['num_steps']}", (ms, value), fontsize=7)
+                axes.annotate(str(quality["num_steps"]), (ms, value), (0, 5), textcoords="offset points", fontsize=7)
+        low, high = axes.get_ylim()
+        if high - low < 0.1:  # else rounding looks like a gap
+            axes.set_ylim((low + high) / 2 - 0.05, (low + high) / 2 + 0.05)
         axes.set(xlabel="milliseconds a request, alone (numbers: steps)", ylabel=metric, title=report["name"])
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
