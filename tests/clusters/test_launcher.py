@@ -167,6 +167,37 @@ def test_every_node_knows_where_mlflow_is(name: str):
         assert 'MLFLOW_TRACKING_URI="$(cat ~/.ray/mlflow_tracking_uri 2>/dev/null)"' in line.split(";")[1]
 
 
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_the_share_is_mounted_by_what_is_there(name: str, tmp_path: Path):
+    """An image without NFS gets it first, and one with it asks no package server."""
+    commands = load(name)["initialization_commands"]
+    (helper,) = (line for line in commands if "nfs-common" in line)
+    (mount,) = (line for line in commands if "sudo mount" in line)
+    assert commands.index(helper) < commands.index(mount)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sudo").write_text('#!/bin/sh\necho "$@" >> "$ASKED"\n')
+    for there in (False, True):
+        asked = tmp_path / f"asked{there}"
+        asked.touch()
+        if there:
+            (tools / "mount.nfs").write_text("#!/bin/sh\n")
+        for tool in tools.iterdir():
+            tool.chmod(0o755)
+        environment = {"PATH": f"{tools}:/nowhere", "ASKED": str(asked)}
+        subprocess.run(["/bin/sh", "-c", helper], env=environment, check=True, timeout=60)
+        assert ("install -y -qq nfs-common" in asked.read_text()) != there
+
+
+def test_google_clouds_workers_have_an_account_of_their_own():
+    """Ray gives one to the head alone; without, a worker reads no private image and writes no bucket."""
+    types = load("gcp")["available_node_types"]
+    assert "serviceAccounts" not in types["head"]["node_config"]
+    for kind in ("gpu_spot", "cpu_spot"):
+        (account,) = types[kind]["node_config"]["serviceAccounts"]
+        assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+
+
 def test_google_cloud_waits_for_the_driver_where_there_is_a_gpu(tmp_path: Path):
     """It is installed at the first boot, while the launcher is on its way."""
     (line,) = (line for line in load("gcp")["initialization_commands"] if "nvidia-smi" in line)
