@@ -32,14 +32,15 @@ from pipelines.contestants import (
     report_of,
     with_compute,
 )
-from pipelines.folders import read_inputs, run_lock
+from pipelines.folders import difference, read_inputs, run_lock
 from pipelines.plain import device_of
 from pipelines.progress import say
 from pipelines.publish import rows_that_choose
 from pipelines.results import markdown, pictures
-from pipelines.run import TRAINED, given_tokenizer, prepare_step, run, with_architecture_of_start
+from pipelines.run import TRAINED, prepare_step, run, with_architecture_of_start
 from pipelines.tracking import Tracker, check_tracking
-from yan_core.config import RunConfig, unknown_name
+from yan_core.checkpoint import read_config
+from yan_core.config import RunConfig, to_dict, unknown_name
 from yan_core.files import atomic_folder, write_file
 
 SETTINGS_OF_A_VARIANT = ("label", "settings", "compute")
@@ -58,6 +59,31 @@ def share_prepared(config: RunConfig, own: RunConfig) -> None:
     with atomic_folder(target / "prepared") as scratch:
         shutil.copytree(source / "prepared", scratch, dirs_exist_ok=True)
     write_file(recorded, inputs)
+
+
+def check_start(name: str, own: RunConfig, config: RunConfig) -> None:
+    """Refuse a contestant whose trained model differs from the run compared in more than its training.
+
+    Args:
+        name: The contestant's.
+        own: Its run.
+        config: The run compared.
+
+    Raises:
+        UsageError: If it has another tokenizer, or another architecture than its variant says.
+    """
+    tokenizer = read_config(own.init_from)["sha256"]["tokenizer.json"]
+    if not config.tokenizer.path or read_config(config.tokenizer.path)["sha256"]["tokenizer.json"] != tokenizer:
+        raise UsageError(
+            f"{name}: init_from={own.init_from} has another tokenizer than the run compared, which all share; give "
+            f"--tokenizer.path {own.init_from}"
+        )
+    said, is_so = to_dict(own.architecture), to_dict(with_architecture_of_start(own).architecture)
+    if said != is_so:
+        raise UsageError(
+            f"{name}: init_from={own.init_from} is of another architecture ({difference(said, is_so)}); give it to the "
+            "run compared too, or say it in the variant"
+        )
 
 
 def compare(config: RunConfig, contestants: Mapping[str, Contestant], arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -81,7 +107,7 @@ def compare(config: RunConfig, contestants: Mapping[str, Contestant], arguments:
         say(f"compare: {sum(budget.values()) / 1e12:.1f} TFLOPs of training and {size / 1e6:.2f}M parameters each")
         runs, configs = {}, {}
         for name, contestant in contestants.items():
-            own = with_architecture_of_start(entered(name, contestant, config, size))
+            own = entered(name, contestant, config, size)
             if not contestant.is_the_run_compared:
                 own = with_compute(own, prepared, {stage: contestant.compute * of for stage, of in budget.items()})
                 share_prepared(config, own)
@@ -189,11 +215,8 @@ def main(args: Sequence[str]) -> int:
             raise UsageError(unknown_name("--contestants", name, list(known)))
     check_tracking(config)
     for name in names:  # what does not fit is found before anything is trained
-        own = with_architecture_of_start(entered(name, known[name], config, 1_000_000))
-        if given_tokenizer(own) != given_tokenizer(config):
-            raise UsageError(
-                f"{name}: init_from={own.init_from} has another tokenizer than the run compared, which all share; give "
-                f"--tokenizer.path {own.init_from}"
-            )
+        own = entered(name, known[name], config, 1_000_000)
+        if own.init_from:
+            check_start(name, own, config)
     compare(config, {name: known[name] for name in names}, args)
     return 0

@@ -428,8 +428,13 @@ def main(args: Sequence[str]) -> int:
         hardware, plans = checked(replace(HARDWARE[chosen.hardware], **{**measured, **given})), {}
     except ValueError as error:
         raise UsageError(str(error)) from error
+    words = 0  # as many as the recipe allows
+    if given := config.tokenizer.path or config.init_from:
+        from yan_core.checkpoint import read_config
+
+        words = read_config(given)["vocab_size"]
     for gpus in chosen.gpus:
-        job = Job.of(config, chosen.tokens, gpus)
+        job = Job.of(config, chosen.tokens, gpus, words)
         if chosen.rows_per_gpu:
             job = replace(job, batch_rows=chosen.rows_per_gpu * gpus)
         if job.batch_rows < gpus:

@@ -158,13 +158,35 @@ def _train_tokenizer(config: RunConfig, pairs: Source, corpora: Sequence[Source]
     return tokenizer
 
 
+def given_tokenizer(config: RunConfig) -> dict[str, str]:
+    """Hashes of what the tokenizer is taken from; empty where it is trained here.
+
+    Raises:
+        CheckpointError: If a folder named holds no whole model.
+        ValueError: If the model to start from has another tokenizer than the one named.
+    """
+    from yan_core.checkpoint import read_config  # brings torch, which tokenising workers do without
+
+    started = read_config(config.init_from)["sha256"] if config.init_from else {}
+    if not config.tokenizer.path:
+        return started
+    named = read_config(config.tokenizer.path)["sha256"]["tokenizer.json"]
+    if started and started["tokenizer.json"] != named:
+        raise ValueError(
+            f"tokenizer.path={config.tokenizer.path} and init_from={config.init_from} have different tokenizers, and a "
+            "model keeps its own: leave tokenizer.path out"
+        )
+    return {"tokenizer.json": named}
+
+
 def _inputs(config: RunConfig, sources: Sequence[Source]) -> str:
     """What the pieces' records depend on; another one makes them worthless."""
     pieces = [[source.name, *vars(piece).values()] for source in sources for piece in source.pieces]
     known = sizes_of(sorted({piece.where for source in sources for piece in source.pieces}))
     data = {k: v for k, v in to_dict(config.data).items() if k not in ("pool_batches", "lanes", "bad_rows_allowed")}
     kept = [field.name for field in dataclasses.fields(Record)]  # of another version's records
-    values = [data, to_dict(config.tokenizer), config.seed, config.init_from, pieces, known, kept]
+    given = [config.init_from, given_tokenizer(config)]
+    values = [data, to_dict(config.tokenizer), config.seed, given, pieces, known, kept]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, check_models
 from pipelines.folders import difference, read_inputs, run_lock
 from pipelines.listing import files_of, locate
-from pipelines.prepare import Prepared, corpora_of, open_prepared, prepare
+from pipelines.prepare import Prepared, corpora_of, given_tokenizer, open_prepared, prepare
 from pipelines.progress import say
 from pipelines.publish import (
     begin_tracking,
@@ -105,27 +105,10 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def given_tokenizer(config: RunConfig) -> dict[str, str]:
-    """Hash of the tokenizer that is not trained here; empty where it is.
-
-    Raises:
-        CheckpointError: If a folder named holds no whole model.
-        ValueError: If the model to start from has another tokenizer than the one named.
-    """
-    folders = [folder for folder in (config.tokenizer.path, config.init_from) if folder]
-    found = [read_config(folder)["sha256"]["tokenizer.json"] for folder in folders]
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"tokenizer.path={config.tokenizer.path} and init_from={config.init_from} have different tokenizers, and a "
-            "model keeps its own: leave tokenizer.path out"
-        )
-    return {"tokenizer.json": found[0]} if found else {}
-
-
 def _start_of_training(config: RunConfig) -> str:
-    """Fingerprint of the data, and of the model to start from."""
-    start = {"start": read_config(config.init_from)["sha256"]} if config.init_from else {}
-    return fingerprint({**data_inputs(config), **start})
+    """Fingerprint of the data, and of the model to start from, which is among them unless the tokenizer is named."""
+    both = config.init_from and config.tokenizer.path
+    return fingerprint(data_inputs(config) | ({"start": read_config(config.init_from)["sha256"]} if both else {}))
 
 
 def with_architecture_of_start(config: RunConfig) -> RunConfig:

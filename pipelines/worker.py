@@ -206,7 +206,9 @@ def train_all(stream: TrainingStream, board: ActorHandle | None, tracker: Metric
     for job in jobs:
         if model is None or job.init_from != held:
             if job.init_from:
-                model, _, _ = from_pretrained(job.init_from)
+                model, known, _ = from_pretrained(job.init_from)
+                if known.to_json() != tokenizer.to_json():
+                    raise ValueError(f"init_from={job.init_from} has another tokenizer than the prepared data")
             else:
                 model = build_model(config.architecture, tokenizer.vocab_size, config.seed)
             model = model.to(device)

@@ -122,11 +122,11 @@ def build_app(args: AppArgs) -> Application:
 
     Args:
         args: Its arguments; a relative model folder, SQLite registry or file of keys is taken from the folder this runs
-            in. Each replica reads the file on its own node.
+            in. Each replica reads the file of keys on its own node.
     """
     model, *more = (_absolute(model) for model in (args.model, *args.more_models))
-    keys = keys_file(args.api_keys_file)
-    load_keys(keys)  # what is wrong with them is told before anything starts
+    load_keys(args.api_keys_file)  # what is wrong with them is told before anything starts
+    keys = keys_file(args.api_keys_file) if args.api_keys_file else ""  # else each node's environment names its own
     args = args.model_copy(update={"model": model, "more_models": tuple(more), "api_keys_file": keys})
     if args.any_registered or any(map(is_registered, (model, *more))):
         args = args.model_copy(update={"tracking_uri": registry_uri(args.tracking_uri)})

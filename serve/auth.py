@@ -21,7 +21,13 @@ ANYONE = "anyone"
 
 
 def keys_file(named: str = "") -> str:
-    """Absolute path of the file of keys: the one named, else the environment's; empty: there is none."""
+    """Absolute path of the file of keys: the one named, else the environment's; empty: there is none.
+
+    Raises:
+        ValueError: If keys are where they were once read, and would now let anyone in.
+    """
+    if os.environ.get("YAN_API_KEYS") and not named:
+        raise ValueError(f"YAN_API_KEYS is no longer read: put its lines into a file and name that in {ENVIRONMENT}")
     file = named or os.environ.get(ENVIRONMENT, "")
     return str(Path(file).expanduser().absolute()) if file else ""
 

@@ -7,6 +7,7 @@ clusters/launcher/on_premises.yaml, of which hosts, user and key alone are fille
 import hashlib
 import json
 import os
+import pwd
 import re
 import secrets
 import socket
@@ -132,7 +133,10 @@ def test_five_commands_end_in_an_answer(cluster: Launched):
 def test_callers_keys_change_without_a_new_start(cluster: Launched):
     """The runbook's command sends the file to the nodes, and the replicas take up what is in it."""
     text = (ROOT / "docs/OPERATIONS.md").read_text()
-    (send,) = re.findall(r"`(ray rsync-up --all-nodes clusters/launcher/on_premises.yaml [^`]+)`", text)
+    (send,) = re.findall(r"`(for node in HEAD WORKER; do scp [^`]+)`", text)
+    send = send.replace("HEAD WORKER", " ".join(ADDRESSES.values())).replace("USER", pwd.getpwuid(os.getuid()).pw_name)
+    known = "-o UserKnownHostsFile=/dev/null -o StrictHostKeyChecking=no"  # the machines are new ones each time
+    send = send.replace("-i KEY", f"-i {cluster.machines.key} {known}")
     keys, old = cluster.machines.user_home / ".yan/auth/api_keys", cluster.machines.api_key
     before, first = cluster.replicas(), keys.read_text()
     assert before
@@ -148,7 +152,10 @@ def test_callers_keys_change_without_a_new_start(cluster: Launched):
 
     def send_keys(lines: str) -> None:
         keys.write_text(lines)
-        cluster.shell(send.replace("clusters/launcher/on_premises.yaml", str(cluster.machines.file)))
+        cluster.shell(send)
+        for name in NAMES:
+            there = Path(f"/proc/{cluster.machines.pids(name)[0]}/root{cluster.machines.root}/.ray/api_keys")
+            assert there.read_text() == lines
 
     assert opens(old) and not opens("the next key")
     following = f"next {hashlib.sha256(b'the next key').hexdigest()}\n"
@@ -164,11 +171,16 @@ def test_callers_keys_change_without_a_new_start(cluster: Launched):
 
 
 def test_haproxys_figures_are_for_its_own_machine_alone(cluster: Launched):
-    assert cluster.machines.runs("head", "haproxy")
-    for port in (9101, 8404):
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((ADDRESSES["head"], port), 10)
-    socket.create_connection((ADDRESSES["head"], 8000), 10).close()
+    names = [name for name in NAMES if cluster.machines.runs(name, "haproxy")]
+    assert "head" in names
+    for name in names:
+        inside = f"ip netns exec yan-{name} curl --silent --show-error --fail --max-time 10 http://127.0.0.1"
+        assert "haproxy_frontend" in cluster.shell(f"{inside}:9101/metrics")
+        cluster.shell(f"{inside}:8404/stats")
+        for port in (9101, 8404):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((ADDRESSES[name], port), 10)
+        socket.create_connection((ADDRESSES[name], 8000), 10).close()
 
 
 def test_script_of_ones_own_is_sent_and_run(cluster: Launched, tmp_path: Path):

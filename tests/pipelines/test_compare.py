@@ -156,6 +156,8 @@ def test_what_begins_with_a_trained_model_is_compared_with_fresh_weights(config,
     assert f"has another tokenizer than the run compared, which all share; give --tokenizer.path {start}" in (
         capsys.readouterr().err
     )
+    assert main([*command, "--tokenizer.path", str(start), "--model.num_experts", "1"]) == 2
+    assert "is of another architecture (num_experts: 1 -> 2); give it to the run compared" in capsys.readouterr().err
     assert not Path(config.runs_dir, "after").exists()
     assert main([*command, "--tokenizer.path", str(start)]) == 0
     report = json.loads(Path(config.runs_dir, "after", "compare", "report.json").read_text())

@@ -22,13 +22,16 @@ from pipelines.plan import (
     shared_step_s,
     simulate,
 )
-from tests.yan_core.tiny import random_rows
+from tests.yan_core.tiny import random_rows, tiny_config
 from yan_core.batching import task_batch
-from yan_core.config import EncoderConfig, FlowLossConfig, ModelConfig
+from yan_core.checkpoint import save_pretrained
+from yan_core.config import EncoderConfig, FlowLossConfig, ModelConfig, TokenizerConfig
 from yan_core.loss import Objective
 from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
 from yan_core.training import freeze_all_but
 
+DETAILS = {"task": "infilling", "max_source_tokens": 8, "max_target_tokens": 4}
 MODEL = ModelConfig(d_model=64, num_heads=4, num_experts=4, flow_blocks=3, target_encoder=EncoderConfig(num_blocks=1))
 JOB = Job(MODEL, 300, 40, 24, 64, 3.0, 1e9, 8)
 H200 = HARDWARE["h200"]
@@ -117,6 +120,21 @@ def test_the_command_prints_a_table(capsys):
     assert "8 workers" in out and "512 workers" in out and "bottleneck" in out and "checkpoint every" in out
     assert main(["plan", "--config", config, "--gpus", "0", "--tokens", "1"]) == 2
     assert "--gpus and --tokens must be above 0" in capsys.readouterr().err
+
+
+def test_words_are_those_of_the_tokenizer_that_is_given(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.train(["a b c"], TokenizerConfig())
+    save_pretrained(tmp_path / "m", build_model(tiny_config(), tokenizer.vocab_size, 0).eval(), tokenizer, DETAILS)
+    seen = []
+    monkeypatch.setattr("pipelines.plan.make_plan", lambda job, on: seen.append(job.vocab_size) or make_plan(job, on))
+    for setting in (
+        "tokenizer: {vocab_size: 300}",
+        f"tokenizer: {{path: {tmp_path / 'm'}}}",
+        f"init_from: {tmp_path / 'm'}",
+    ):
+        (tmp_path / "c.yaml").write_text(setting)
+        assert main(["plan", "--config", str(tmp_path / "c.yaml"), "--gpus", "1", "--tokens", "1e9"]) == 0
+    assert seen == [300, tokenizer.vocab_size, tokenizer.vocab_size]
 
 
 def test_what_would_be_nonsense_is_refused(capsys):

@@ -4,12 +4,20 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipelines.folders import difference, run_lock
-from pipelines.run import data_inputs, fingerprint, run, stage_inputs, up_to_date
-from yan_core.config import RunConfig, from_dict
+from pipelines.prepare import _inputs
+from pipelines.run import _start_of_training, data_inputs, fingerprint, run, stage_inputs, up_to_date
+from tests.yan_core.tiny import tiny_config
+from yan_core.checkpoint import save_pretrained
+from yan_core.config import RunConfig, TokenizerConfig, from_dict
+from yan_core.model import build_model
+from yan_core.tokenization import Tokenizer
+
+DETAILS = {"task": "infilling", "max_source_tokens": 8, "max_target_tokens": 4}
 
 
 def changed(config: RunConfig, section: str, **values) -> RunConfig:
@@ -73,6 +81,37 @@ def test_a_changed_file_is_noticed(tmp_path):
     before = data_inputs(config)
     file.write_text(file.read_text() * 2)
     assert "rows.jsonl" in difference(before, data_inputs(config))
+
+
+def a_model(folder: Path, seed: int, words: str = "a b c") -> str:
+    tokenizer = Tokenizer.train([words], TokenizerConfig())
+    save_pretrained(folder, build_model(tiny_config(), tokenizer.vocab_size, seed).eval(), tokenizer, DETAILS)
+    return str(folder)
+
+
+def test_data_depend_on_the_tokenizer_given_and_training_on_the_weights_too(tmp_path):
+    """Whatever the folder is called: what is in it counts, in what an interrupted preparation goes on from too."""
+    start = a_model(tmp_path / "start", 0)
+    named = changed(RunConfig(), "tokenizer", path=start)
+    begun, both = dataclasses.replace(RunConfig(), init_from=start), dataclasses.replace(named, init_from=start)
+    configs = {"named": named, "begun": begun, "both": both}
+
+    def seen() -> dict[str, tuple[dict, str, str]]:
+        return {name: (data_inputs(of), _inputs(of, []), _start_of_training(of)) for name, of in configs.items()}
+
+    first = seen()
+    assert first["named"][0] == first["both"][0]  # so that `yan compare` shares them
+    a_model(tmp_path / "start", 1)
+    weights = seen()
+    assert weights["named"] == first["named"] and weights["both"][0] == first["both"][0]
+    assert weights["both"][2] != first["both"][2] and weights["begun"][2] != first["begun"][2]
+    a_model(tmp_path / "start", 1, "a b c d")
+    words = seen()
+    for name in configs:
+        assert all(new != old for new, old in zip(words[name], weights[name], strict=True)), name
+    other = changed(begun, "tokenizer", path=a_model(tmp_path / "other", 0, "x y"))
+    with pytest.raises(ValueError, match="have different tokenizers, and a model keeps its own: leave tokenizer.path"):
+        data_inputs(other)
 
 
 def test_the_decision_names_the_setting(tmp_path, capsys):

@@ -33,6 +33,15 @@ def test_keys_that_cannot_be_read_are_told_before_anything_starts(model_folder, 
         build_app(AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "nowhere")))
 
 
+def test_a_file_of_keys_is_named_for_all_nodes_or_left_to_each(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text(f"ann {'a' * 64}\n")
+    monkeypatch.chdir(tmp_path)
+    app = build_app(AppArgs(model=str(model_folder), api_keys_file="keys"))
+    assert app._bound_deployment.init_args[0].api_keys_file == str(tmp_path / "keys")
+    monkeypatch.setenv("YAN_API_KEYS_FILE", "keys")  # of this node
+    assert build_app(AppArgs(model=str(model_folder)))._bound_deployment.init_args[0].api_keys_file == ""
+
+
 def test_replicas_follow_the_requests_where_there_may_be_several(model_folder):
     app = build_app(AppArgs(model=str(model_folder), num_replicas=0, max_replicas=3, max_batch_size=8))
     config = app._bound_deployment._deployment_config

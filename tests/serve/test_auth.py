@@ -48,6 +48,15 @@ def test_a_file_that_protects_nothing_is_refused(tmp_path):
         load_keys(str(tmp_path / "keys"))
 
 
+def test_keys_where_they_were_once_read_are_refused_and_not_left_out(monkeypatch, tmp_path):
+    """A server on loopback behind a TLS proxy would be open to all."""
+    monkeypatch.setenv("YAN_API_KEYS", f"ann {KEYS['ann']}")
+    with pytest.raises(ValueError, match="YAN_API_KEYS is no longer read: .* name that in YAN_API_KEYS_FILE"):
+        load_keys()
+    (tmp_path / "keys").write_text(f"ann {KEYS['ann']}\n")
+    assert load_keys(str(tmp_path / "keys")) == {"ann": KEYS["ann"]}
+
+
 def test_a_change_of_the_file_is_taken_up_and_a_broken_file_is_not(tmp_path, caplog):
     file = tmp_path / "keys"
     line = {name: f"{name} {hashed}\n" for name, hashed in KEYS.items()}
