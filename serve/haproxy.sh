@@ -22,7 +22,8 @@ for word in "$@"; do
         grep -q http-buffer-request "$word" || sed -i -E -e "s/^( *)option redispatch 1\$/&\n\1$whole\n\1$silent/" \
             -e 's/^( *server .*) check/\1 tcp-ut 7s check/' "$word"
         grep -q http-buffer-request "$word" || echo "haproxy.sh: $word stays: no request is given to another replica" >&2
-        [ -z "$YAN_HAPROXY_LOOPBACK" ] || sed -i -E -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' "$word" ;;
+        [ -z "$YAN_HAPROXY_LOOPBACK" ] ||
+            sed -i -E '/^(frontend prometheus|listen stats)/,/^ *bind /s/^( *bind )[*]?:/\1127.0.0.1:/' "$word" ;;
     esac
 done
 exec "$program" "$@"

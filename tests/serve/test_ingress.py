@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray.serve._private import haproxy_templates
 
 from serve import ingress
 
@@ -59,16 +60,21 @@ def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
     assert not os.path.exists(folder) and ours[0] not in os.environ
 
 
-def test_pages_of_figures_are_kept_on_loopback(tmp_path):
+def test_pages_of_figures_are_kept_on_loopback_and_nothing_else_is(tmp_path):
+    """A server that others may reach is `bind *:8000` in Ray's settings, like a page of figures."""
+    figures = "frontend prometheus\n    bind :{}\n    mode http\n", "listen stats\n  bind *:{}\n  stats enable\n"
+    for section, port in zip(figures, ("{{ config.metrics_port }}", "{{ config.stats_port }}"), strict=True):
+        assert section.format(port) in haproxy_templates.HAPROXY_CONFIG_TEMPLATE
+    served = "frontend http_frontend\n    bind *:8000\nfrontend grpc_frontend\n    # h2\n    bind *:9000 proto h2\n"
     config = tmp_path / "haproxy.cfg"
-    config.write_text("frontend a\n    bind :9101\nlisten b\n  bind *:8404\nfrontend c\n    bind 0.0.0.0:8000\n")
+    config.write_text(figures[0].format(9101) + served + figures[1].format(8404))
     for private, kept in (("", [":9101", "*:8404"]), ("1", ["127.0.0.1:9101", "127.0.0.1:8404"])):
         environment = os.environ | {"YAN_HAPROXY": "echo", "YAN_HAPROXY_LOOPBACK": private}
         command = [ingress.SCRIPT, "-db", "-f", config]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == f"-db -f {config}"
-        bound = [line.split()[1] for line in config.read_text().splitlines() if "bind" in line]
-        assert bound == [*kept, "0.0.0.0:8000"]
+        bound = [line.split()[1] for line in config.read_text().splitlines() if line.strip().startswith("bind")]
+        assert bound == [kept[0], "*:8000", "*:9000", kept[1]]
 
 
 def test_script_finds_the_haproxy_that_it_stands_for(tmp_path, monkeypatch: pytest.MonkeyPatch):

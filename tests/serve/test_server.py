@@ -297,6 +297,19 @@ def test_an_open_server_without_keys_does_not_start(model_folder, monkeypatch):
     assert not ray.is_initialized()
 
 
+def test_an_open_server_answers_on_every_address_and_keeps_its_figures_to_itself(model_folder, tmp_path):
+    """127.0.0.2 is this machine too, but not the address that a server of loopback alone listens on."""
+    (tmp_path / "keys").write_text(line_of_key("tests", KEY))
+    args = AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "keys"))
+    with running_server(args, host="0.0.0.0", port=0) as url:
+        port, figures = url.rpartition(":")[2], os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"]
+        for place in (f"127.0.0.1:{port}/readyz", f"127.0.0.1:{figures}/metrics", f"127.0.0.2:{port}/readyz"):
+            with urllib.request.urlopen(f"http://{place}", timeout=30) as answer:
+                assert answer.status == 200
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", int(figures)), 10)
+
+
 def test_a_port_in_use_is_said_before_anything_starts(server, model_folder):
     begun = time.monotonic()
     with pytest.raises(LaunchError, match=rf"port {server.port} on 127.0.0.1 is in use: stop what listens there"):
