@@ -6,6 +6,7 @@
 # No `from __future__ import annotations` here: Serve reads the annotations as objects.
 import asyncio
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,17 @@ class Shelf:
         """
         args = self.args
         found = resolve(address, args.tracking_uri)
-        engine = Engine(
-            found.folder,
-            max_batch_size=args.max_batch_size,
-            max_batch_tokens=args.max_batch_tokens,
-            max_source_chars=args.max_source_chars,
-            device="cuda" if args.use_gpu else "cpu",
-        )
+        try:
+            engine = Engine(
+                found.folder,
+                max_batch_size=args.max_batch_size,
+                max_batch_tokens=args.max_batch_tokens,
+                max_source_chars=args.max_source_chars,
+                device="cuda" if args.use_gpu else "cpu",
+            )
+        finally:
+            if found.fetched is not None:
+                shutil.rmtree(found.fetched, ignore_errors=True)
         logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
         return ServedModel(found.name, engine, self.metrics, args.max_queued_requests, self._draws, self._texts)
 
@@ -86,7 +91,9 @@ class Server:
         # However it was started, by `yan serve`, `serve run` or `serve deploy`: only the controller knows the address.
         keys = load_keys(args.api_keys_file)
         controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        refuse_open_server((await controller.get_http_config.remote()).host, keys)
+        http = await controller.get_http_config.remote()
+        refuse_open_server(http.host, keys)
+        refuse_short_deadline(http.request_timeout_s, args.request_timeout_s)
         torch.set_num_threads(max(1, int(args.cpus_per_replica)))
         sys.setswitchinterval(SWITCH_S)
         self.args, self.keys = args, keys
@@ -115,6 +122,23 @@ class Server:
         """Asked by Serve; a replica that raises is replaced."""
         if not self.models.ready:
             raise RuntimeError(f"{', '.join(self.models.all)}: the latest batches all failed")
+
+
+def refuse_short_deadline(of_serve: float | None, ours: float) -> None:
+    """Serve's own deadline would end requests first, with words of its own and no Retry-After.
+
+    Args:
+        of_serve: Seconds; None: it has none.
+        ours: Of the app's arguments.
+
+    Raises:
+        ValueError: If Serve's is not the longer one.
+    """
+    if of_serve is not None and of_serve <= ours:
+        raise ValueError(
+            f"http_options.request_timeout_s={of_serve:g} must be null or more than the app's own request_timeout_s, "
+            f"which is {ours:g}"
+        )
 
 
 def build_app(args: AppArgs) -> Application:

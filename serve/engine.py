@@ -184,6 +184,8 @@ class Engine:
         Raises:
             FieldError: Naming the field and what is allowed.
         """
+        names = {"follow": "trajectory", "with_log_probs": "logprobs"}
+        names |= {"num_candidates": "n"} if param == "prompt" else {}  # as OpenAI calls it
         longest = max(map(len, sources))
         if longest > self.max_source_chars:
             allowed = f"text of at most {self.max_source_chars} characters"
@@ -196,7 +198,7 @@ class Engine:
             usual = Settings(settings.num_steps, settings.max_tokens, ranking=settings.ranking)
             for name in ("method", "guidance_scale", "num_candidates", "follow", "with_log_probs"):
                 if getattr(settings, name) != getattr(usual, name):
-                    told = {"follow": "trajectory", "with_log_probs": "logprobs"}.get(name, name)
+                    told = names.get(name, name)
                     raise FieldError(
                         told, f"{told} is for YAN alone, and this model is a baseline that answers greedily"
                     )
@@ -204,7 +206,7 @@ class Engine:
             raise must_be("method", "euler or midpoint for this model, which has no velocity at t = 1", "heun")
         tokens = len(sources) * (self.generator.max_source_tokens + settings.max_tokens * settings.num_candidates)
         if tokens > self.max_batch_tokens and (len(sources) > 1 or settings.num_candidates > 1):
-            name = param if len(sources) > 1 else "num_candidates"
+            name = param if len(sources) > 1 else names.get("num_candidates", "num_candidates")
             raise FieldError(
                 name,
                 f"{len(sources)} sources with {settings.num_candidates} answers of {settings.max_tokens} tokens each "

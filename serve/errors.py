@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pydantic import BaseModel
+
+logger = logging.getLogger(__name__)
 
 
 class ErrorDetail(BaseModel):
@@ -148,3 +151,11 @@ def shown(value: Any) -> str:
 def must_be(param: str, allowed: str, value: Any) -> FieldError:
     """The error of a field with a wrong value."""
     return FieldError(param, f"{param} must be {allowed}, got {shown(value)}", allowed)
+
+
+def wrapped(error: Exception) -> RequestError:
+    """What is told of an error; what is not meant for the client goes to the log alone."""
+    if isinstance(error, RequestError):
+        return error
+    logger.error("request failed", exc_info=error)
+    return ServerError("the server failed on this request; its log says why", code="internal_error")

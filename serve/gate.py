@@ -17,9 +17,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.auth import owner
-from serve.errors import NotAuthenticated, RequestError, TooManyRequests
+from serve.errors import NotAuthenticated, RequestError, TooManyRequests, wrapped
 from serve.limits import RateLimit
 from serve.metrics import Metrics
+
+logger = logging.getLogger("ray.serve")
 
 GUARDED = ("/v1/", "/metrics")
 """Where a key is wanted; health and the API's description are for anyone who gets this far."""
@@ -100,6 +102,11 @@ class Gate:
         except asyncio.CancelledError:
             status = CLIENT_GONE
             raise
+        except Exception as error:
+            if status != CLIENT_GONE:  # the answer has begun
+                raise
+            told = wrapped(error)
+            await JSONResponse(told.body(), told.status, told.headers)(scope, receive, marked)
         finally:
             self._note(scope, status, time.perf_counter() - begun, line)
 
@@ -136,7 +143,10 @@ class Gate:
             "status": status,
             "ms": round(seconds * 1000, 2),
         }
-        self.log.info(json.dumps(told | line))
+        try:
+            self.log.info(json.dumps(told | line))
+        except OSError as error:  # its folder is gone: no reason to fail a request
+            logger.error("the access log cannot be written: %s", error)
 
 
 def path_of(scope: Scope) -> str:

@@ -69,7 +69,7 @@ def private_haproxy() -> Iterator[None]:
         wrapper = home / SCRIPT.name
         shutil.copyfile(SCRIPT, wrapper)
         wrapper.chmod(0o700)
-        metrics_port, stats_port = _free_ports(2)
+        metrics_port, stats_port, fallback, fallback_grpc = _free_ports(4)
         first = _free_block()
         ours = {
             "YAN_HAPROXY": haproxy() or "haproxy",
@@ -82,6 +82,9 @@ def private_haproxy() -> Iterator[None]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            # Serve's own proxy, which HAProxy asks while there is no replica: by default another server's is there too.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),

@@ -27,13 +27,15 @@ from ray.serve.exceptions import RayServeException
 import psutil  # isort: skip # pyright: ignore[reportMissingModuleSource]
 
 from serve.auth import load_keys, refuse_open_server
-from serve.ingress import described, private_haproxy
+from serve.ingress import ENABLED, described, private_haproxy
 from serve.registry import find_version, is_registered
 from serve.schemas import AppArgs
 from yan_core.checkpoint import read_config
 
 APP_NAME = "yan"
 """Name of the application in Serve."""
+BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Hosts at which HAProxy reaches the replicas of its node."""
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own logs, which go to files of the Ray session."""
 
@@ -88,6 +90,19 @@ def serve_blocking(
             signal.signal(number, handler)
 
 
+def refuse_host(host: str) -> None:
+    """HAProxy asks the replicas of its node at 127.0.0.1, where they do not listen if the host is another address.
+
+    Raises:
+        ValueError: If it would reach none.
+    """
+    if os.environ.get(ENABLED) == "1" and host not in BEHIND_HAPROXY:
+        raise ValueError(
+            f"host={host} must be {', '.join(BEHIND_HAPROXY[:-1])} or {BEHIND_HAPROXY[-1]} behind HAProxy; for another "
+            f"address {ENABLED}=0 takes Serve's own proxy"
+        )
+
+
 @contextlib.contextmanager
 def running_server(
     args: AppArgs, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None, timeout_s: float = 300.0
@@ -100,6 +115,7 @@ def running_server(
         Its base URL, once a generation has worked.
     """
     refuse_open_server(host, load_keys(args.api_keys_file))
+    refuse_host(host)
     _check_models(args)
     port = _free_port(host, port)
     _quiet()
@@ -267,6 +283,8 @@ def _stop(own_serve: bool, own_ray: bool, others: set[psutil.Process]) -> None:
     # Serve kills its controller while it waits for it, and a thread of Ray's prints a warning about that.
     with contextlib.redirect_stdout(io.StringIO()):
         if own_serve:
+            with contextlib.suppress(*RAY_ERRORS):  # first, as with Serve goes HAProxy, and requests under way with it
+                ray_serve.delete(APP_NAME)
             ray_serve.shutdown()
         if own_ray:
             ray.shutdown()

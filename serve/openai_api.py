@@ -14,9 +14,9 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from serve.engine import Settings
 from serve.errors import FieldError
@@ -30,6 +30,7 @@ from serve.schemas import (
     Readable,
     TimeoutSeconds,
     disagreement,
+    unicode,
 )
 from yan_core.config import ModelConfig
 from yan_core.tasks import InfillingTask
@@ -48,6 +49,8 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     """Whether a last chunk without choices has the usage."""
+    include_obfuscation: Literal[False] | None = None
+    """Chunks are not padded to hide their lengths."""
 
 
 class CompletionRequest(BaseModel):
@@ -59,7 +62,7 @@ class CompletionRequest(BaseModel):
     """The model; none given: the server's first."""
     prompt: Readable | Annotated[list[Readable], Field(min_length=1)]
     """Text, or several of them, as the model's task template makes them. Token ids are not taken."""
-    suffix: str | None = None
+    suffix: Annotated[str, AfterValidator(unicode)] | None = None
     """Text after the one to be written; for models of the task infilling alone."""
     n: Count | None = None
     """Answers to each prompt."""
@@ -199,12 +202,12 @@ class ModelList(BaseModel):
 
 COMPLETION_ALLOWED = ALLOWED | {
     "prompt": "text in Unicode that is not blank, or a list of such texts; token ids are not taken",
-    "suffix": "text or null",
+    "suffix": "text in Unicode, or null",
     "n": f"a whole number in [1, {MAX_CANDIDATES}]",
     "best_of": f"a whole number in [n, {MAX_CANDIDATES}]",
     "seed": "a whole number in [-2**63, 2**63)",
     "stop": "text that is not empty, or a list of at most 4 such texts",
-    "stream_options": 'null or {"include_usage": true or false}, with stream',
+    "stream_options": 'null or {"include_usage": true or false, "include_obfuscation": false}, with stream',
     "logprobs": "null, 0 or 1: the decoder gives the most likely token alone",
     "echo": "true or false",
     "user": "text or null",

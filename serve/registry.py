@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -25,10 +28,12 @@ class Found:
     Attributes:
         folder: Its local folder.
         name: What answers call it: the registered name and version, or the run's name.
+        fetched: Folder made for it, which whoever has loaded the model removes; None: it was there.
     """
 
     folder: Path
     name: str
+    fetched: Path | None = None
 
 
 def is_registered(model: str) -> bool:
@@ -130,17 +135,23 @@ def resolve(model: str, tracking_uri: str = "") -> Found:
     # Globally: MLflow 3.17 asks the global registry for a part of it whatever download_artifacts is told.
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    # Of a registry elsewhere MLflow makes a copy, and leaves its end to us; of one here it gives the files themselves.
+    copied = Path(tempfile.mkdtemp(prefix="yan-model-")) if urlsplit(uri).scheme in ("http", "https") else None
     try:
         # By number, so that an alias moved meanwhile cannot make the name a lie.
-        fetched = download_artifacts(f"{SCHEME}{name}")
+        fetched = download_artifacts(f"{SCHEME}{name}", dst_path=None if copied is None else str(copied))
     except (MlflowException, OSError) as error:
+        if copied is not None:
+            shutil.rmtree(copied, ignore_errors=True)
         reason = str(error).splitlines()[0][:300]
         raise RegistryError(f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}") from (
             error
         )
     for config in sorted(Path(fetched).rglob("config.json")):
         if "format_version" in json.loads(config.read_text(encoding="utf-8")):
-            return Found(config.parent, name)
+            return Found(config.parent, name, copied)
+    if copied is not None:
+        shutil.rmtree(copied, ignore_errors=True)
     raise RegistryError(f"{SCHEME}{name} holds no YAN model: no config.json with a format_version below {fetched}")
 
 

@@ -1,7 +1,6 @@
 """The HTTP API over a replica's models; it needs no Ray."""
 
 # No `from __future__ import annotations` here: FastAPI reads the annotations as objects.
-import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -25,10 +24,10 @@ from serve.errors import (
     NotFound,
     Overloaded,
     RequestError,
-    ServerError,
     TooLarge,
     TooSlow,
     shown,
+    wrapped,
 )
 from serve.gate import Gate, access_log
 from serve.limits import BodyLimit, RateLimit
@@ -48,8 +47,6 @@ from serve.schemas import (
     first_error,
 )
 from yan_core.solver import time_grid
-
-logger = logging.getLogger(__name__)
 
 OPENAI = "/v1/completions"
 """Where a field that is wrong has status 400, as OpenAI's clients expect; elsewhere it is 422."""
@@ -94,7 +91,7 @@ def create_api(
             CORSMiddleware,
             allow_origins=list(args.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "traceparent"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["x-request-id", "traceparent", "retry-after"],
         )
         middleware.insert(0, cors)
@@ -324,14 +321,6 @@ def written(answer: BaseModel) -> Response:
 def event(name: str, data: str) -> bytes:
     """A server-sent event; JSON has no line breaks."""
     return f"event: {name}\ndata: {data}\n\n".encode()
-
-
-def wrapped(error: Exception) -> RequestError:
-    """What is told of an error; what is not meant for the client goes to the log alone."""
-    if isinstance(error, RequestError):
-        return error
-    logger.error("request failed", exc_info=error)
-    return ServerError("the server failed on this request; its log says why", code="internal_error")
 
 
 def _is_openai(request: Request) -> bool:

@@ -27,7 +27,16 @@ def readable(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("blank")
-    text.encode()  # JSON can carry half a surrogate pair ("\\ud800"), which the tokenizer cannot; also a ValueError
+    return unicode(text)
+
+
+def unicode(text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can carry ("\\ud800") and the tokenizer cannot.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    text.encode()
     return text
 
 
@@ -105,6 +114,11 @@ class AppArgs(BaseModel):
         least = max(1, self.num_replicas)
         if self.max_replicas and self.max_replicas < least:
             raise ValueError(f"max_replicas must be 0 or >= num_replicas={self.num_replicas}, got {self.max_replicas}")
+        if self.any_registered and self.max_models < 2 + len(self.more_models):
+            raise ValueError(
+                f"max_models must be >= {2 + len(self.more_models)} with any_registered, as the models named stay and "
+                f"one more must have room; got {self.max_models}"
+            )
         if not self.max_replicas and not self.num_replicas:
             raise ValueError("num_replicas must be >= 1 without max_replicas, got 0")
         return self

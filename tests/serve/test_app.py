@@ -6,7 +6,7 @@ from ray._common.utils import import_attr
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 
-from serve.app import build_app
+from serve.app import build_app, refuse_short_deadline
 from serve.registry import RegistryError
 from serve.schemas import AppArgs
 
@@ -40,6 +40,19 @@ def test_a_file_of_keys_is_named_for_all_nodes_or_left_to_each(model_folder, tmp
     assert app._bound_deployment.init_args[0].api_keys_file == str(tmp_path / "keys")
     monkeypatch.setenv("YAN_API_KEYS_FILE", "keys")  # of this node
     assert build_app(AppArgs(model=str(model_folder)))._bound_deployment.init_args[0].api_keys_file == ""
+
+
+def test_serves_own_deadline_is_the_longer_one():
+    for of_serve in (None, 30.5):
+        refuse_short_deadline(of_serve, 30.0)
+    with pytest.raises(ValueError, match="http_options.request_timeout_s=30 must be null or more than the app's"):
+        refuse_short_deadline(30.0, 30.0)
+
+
+def test_models_of_the_registry_have_room_beside_those_that_stay():
+    with pytest.raises(ValidationError, match="max_models must be >= 4 with any_registered"):
+        AppArgs(model="a", more_models=("b", "c"), any_registered=True, max_models=3)
+    AppArgs(model="a", more_models=("b", "c"), any_registered=True, max_models=4)
 
 
 def test_replicas_follow_the_requests_where_there_may_be_several(model_folder):

@@ -47,6 +47,7 @@ def test_the_choice_is_made_before_serve_reads_its_environment():
 def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(ingress.ENABLED, "1")
     ours = [f"RAY_SERVE_HAPROXY_{name}" for name in ("CONFIG_FILE_LOC", "SOCKET_PATH", "METRICS_PORT", "STATS_PORT")]
+    ours += [f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT" for kind in ("HTTP", "GRPC")]
     with ingress.private_haproxy():
         first = {name: os.environ[name] for name in ours}
         with socket.socket() as replica:

@@ -231,3 +231,36 @@ def test_models_are_listed_and_shown(client):
     )
     assert client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/ti%2Fny").json()["error"]["code"] == "model_not_found"
+
+
+def test_half_a_surrogate_pair_in_a_suffix_is_refused(start, tmp_path):
+    client = start(save_tiny(tmp_path / "infilling" / "model", task="infilling"))
+    body, kind = b'{"prompt": "Mary went", "suffix": "\\ud800"}', {"Content-Type": "application/json"}
+    answer = client.post("/v1/completions", content=body, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "suffix")
+    for suffix in ("", " home."):
+        assert client.post("/v1/completions", json={"prompt": "Mary went", "suffix": suffix}).status_code == 200
+
+
+def test_what_is_too_much_is_named_as_openai_names_it(start):
+    answer = start(max_batch_tokens=64).post("/v1/completions", json={"prompt": QUESTION, "n": 32})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+def test_stream_options_that_their_client_knows_pass_at_neutral_values(client):
+    found = chunks(client, stream_options={"include_usage": True, "include_obfuscation": False})
+    assert found[-1]["usage"]["total_tokens"] > 0
+    body = {"prompt": QUESTION, "stream": True, "stream_options": {"include_obfuscation": True}}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400 and "include_obfuscation" in answer.text
+
+
+def test_a_page_of_a_named_origin_may_send_what_openais_client_sends(start):
+    asked = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os,x-stainless-retry-count",
+    }
+    client = start(cors_origins=("https://a.example",))
+    assert client.options("/v1/completions", headers=asked).status_code == 200
+    assert client.options("/v1/completions", headers=asked | {"Origin": "https://b.example"}).status_code == 400

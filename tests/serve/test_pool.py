@@ -138,6 +138,22 @@ def test_the_one_that_was_not_asked_for_the_longest_goes():
     asyncio.run(run())
 
 
+def test_a_name_that_is_not_there_costs_no_model_its_place():
+    async def ask() -> list[str]:
+        models = Models({"models:/a@x": model("a/1")}, Shelf(b__x="b/1"), any_registered=True, most=2, retry_s=0)
+        await models.get("b@x")
+        with pytest.raises(NotFound):
+            await models.get("typo@x")
+        return list(models.all)
+
+    assert asyncio.run(ask()) == ["a/1", "b/1"]
+
+
+def test_two_folders_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="several models are called world: requests could name one of them alone"):
+        Models({"one/world/model": model("world"), "two/world/model": model("world")})
+
+
 def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")

@@ -4,10 +4,15 @@ import shutil
 import socket
 from pathlib import Path
 
+import mlflow
+import mlflow.artifacts
 import pytest
 from mlflow import MlflowClient
 
+from serve.app import Shelf
+from serve.metrics import Metrics
 from serve.registry import RegistryError, find_version, resolve
+from serve.schemas import AppArgs
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,34 @@ def test_a_registry_out_of_reach(monkeypatch):
         probe.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         with pytest.raises(RegistryError, match="cannot be read .*; is it running"):
             find_version("models:/a@b", f"http://127.0.0.1:{probe.getsockname()[1]}")
+
+
+def test_files_of_a_registry_elsewhere_are_a_copy_that_goes_when_it_is_loaded(registry, model_folder, monkeypatch):
+    """By MLflow's word: who names no folder has one made that nobody removes."""
+    version, made = find_version("models:/yan-tiny@champion", registry), []
+
+    def download(uri: str, dst_path: str) -> str:
+        made.append(Path(dst_path))
+        return shutil.copytree(model_folder, made[-1] / "files")
+
+    def hollow(uri: str, dst_path: str) -> str:
+        made.append(Path(dst_path))
+        return dst_path
+
+    monkeypatch.setattr("serve.registry.find_version", lambda model, uri: version)
+    monkeypatch.setattr("serve.registry.registry_uri", lambda uri: "http://127.0.0.1:1")
+    monkeypatch.setattr(mlflow, "set_registry_uri", lambda uri: None)
+    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: None)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    found = resolve("models:/yan-tiny@champion")
+    assert found.fetched == made[0] and found.folder.is_relative_to(made[0])
+    shutil.rmtree(made[0])
+    args = AppArgs(model="models:/yan-tiny@champion", tracking_uri="http://127.0.0.1:1")
+    Shelf(args, Metrics("one")).load("models:/yan-tiny@champion")
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hollow)
+    with pytest.raises(RegistryError, match="holds no YAN model"):
+        resolve("models:/yan-tiny@champion")
+    assert len(made) == 3 and not any(folder.exists() for folder in made)
 
 
 def test_a_plain_folder_passes_through():

@@ -234,14 +234,19 @@ def test_an_unknown_model_is_named(client):
     assert answer.status_code == 404 and error["param"] == "model" and error["allowed"] == ["tiny"]
 
 
-def test_a_failure_of_ours_shows_no_traceback(start, monkeypatch):
-    client = start()
+def test_a_failure_of_ours_shows_no_traceback_and_is_told_as_one(start, monkeypatch, tmp_path):
+    client = start(access_log=str(tmp_path / "log"))
     monkeypatch.setattr(client.app.state.engine.generator, "draw", lambda *rest, **how: 1 / 0)
     for body in ({"source": "a"}, {"source": "a", "stream": True}):
         answer = client.post("/v1/generate", json=body)
         assert "ZeroDivision" not in answer.text and "Traceback" not in answer.text
         assert "internal_error" in answer.text
-    assert client.post("/v1/generate", json={"source": "a"}).status_code == 500
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    answer = client.post("/v1/generate", json={"source": "a"}, headers={"traceparent": trace, "X-Request-ID": "x"})
+    assert answer.status_code == 500
+    assert (answer.headers["traceparent"], answer.headers["x-request-id"]) == (trace, "x")
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["status"] == 500  # not 499, a client that left
+    assert 'yan_requests_total{replica="one",route="/v1/generate",status="500"} 2.0' in client.get("/metrics").text
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
     assert answer.headers["retry-after"] == "1"

@@ -310,6 +310,15 @@ def test_an_open_server_answers_on_every_address_and_keeps_its_figures_to_itself
             socket.create_connection(("127.0.0.2", int(figures)), 10)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "::"])
+def test_an_address_where_haproxy_finds_no_replica_is_refused(host, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text(line_of_key("tests", KEY))
+    args = AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "keys"))
+    with pytest.raises(ValueError, match=f"host={host} must be 127.0.0.1, localhost or 0.0.0.0 behind HAProxy"):
+        with running_server(args, host=host, port=0):
+            pass
+
+
 def test_a_port_in_use_is_said_before_anything_starts(server, model_folder):
     begun = time.monotonic()
     with pytest.raises(LaunchError, match=rf"port {server.port} on 127.0.0.1 is in use: stop what listens there"):
@@ -353,6 +362,18 @@ def listeners(ports: set[int]) -> set[tuple[int | None, int]]:
         for c in psutil.net_connections("tcp")
         if c.status == psutil.CONN_LISTEN and c.laddr.port in ports
     }
+
+
+def test_sigterm_lets_requests_under_way_end(model_folder, tmp_path):
+    """They take longer than the end of Serve alone would leave them."""
+    server = Server(model_folder, tmp_path)
+    body = {"source": QUESTION, "num_steps": 64, "max_tokens": 64, "num_candidates": 32}
+    with ThreadPoolExecutor(4) as pool:
+        under_way = [pool.submit(server.ask, "/v1/generate", body | {"seed": seed}) for seed in range(4)]
+        time.sleep(0.3)
+        assert server.stop() == 0
+        assert not any(request.done() and request.exception() for request in under_way)
+        assert [request.result()[0] for request in under_way] == [200] * 4
 
 
 def test_sigterm_leaves_nothing_behind(server):
