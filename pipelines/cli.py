@@ -290,6 +290,7 @@ SERVE_ARGS = (
     "max_queued_requests",
     "more_models",
     "any_registered",
+    "max_models",
 )
 """Arguments of the app that `yan serve` passes on where they are given."""
 
@@ -319,6 +320,7 @@ def _serve(args: list[str]) -> int:
     more.add_argument("--max-queued-requests", type=int, help="most sources that wait in a replica; then status 503")
     more.add_argument("--more-models", nargs="+", metavar="MODEL", help="other models, as --model names them")
     more.add_argument("--any-registered", action="store_true", help="requests may name any model of the registry")
+    more.add_argument("--max-models", type=int, help="most models in a replica's memory")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "port")
     given = {key: value for key, value in vars(chosen).items() if key in SERVE_ARGS}

@@ -6,8 +6,8 @@
 # No `from __future__ import annotations` here: Serve reads the annotations as objects.
 import asyncio
 import logging
-import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from serve.exporter import Exporter
 from serve.metrics import Metrics
 from serve.models import ServedModel, pools
 from serve.pool import Models
-from serve.registry import find_version, is_registered, registry_uri, resolve, version_name
+from serve.registry import find_version, folder_name, is_registered, registry_uri, resolve, version_name
 from serve.routes import create_api
 from serve.schemas import AppArgs
 
@@ -56,8 +56,7 @@ class Shelf:
             RuntimeError: If it cannot generate.
         """
         args = self.args
-        found = resolve(address, args.tracking_uri)
-        try:
+        with resolve(address, args.tracking_uri) as found:
             engine = Engine(
                 found.folder,
                 max_batch_size=args.max_batch_size,
@@ -65,10 +64,7 @@ class Shelf:
                 max_source_chars=args.max_source_chars,
                 device="cuda" if args.use_gpu else "cpu",
             )
-        finally:
-            if found.fetched is not None:
-                shutil.rmtree(found.fetched, ignore_errors=True)
-        logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
+            logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
         return ServedModel(found.name, engine, self.metrics, args.max_queued_requests, self._draws, self._texts)
 
     def current(self, address: str) -> str:
@@ -149,6 +145,9 @@ def build_app(args: AppArgs) -> Application:
             in. Each replica reads the file of keys on its own node.
     """
     model, *more = (_absolute(model) for model in (args.model, *args.more_models))
+    names = Counter(folder_name(each) for each in (model, *more) if not is_registered(each))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"several models are called {', '.join(twice)}, and requests could name one of them alone")
     load_keys(args.api_keys_file)  # what is wrong with them is told before anything starts
     keys = keys_file(args.api_keys_file) if args.api_keys_file else ""  # else each node's environment names its own
     args = args.model_copy(update={"model": model, "more_models": tuple(more), "api_keys_file": keys})

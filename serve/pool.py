@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -73,9 +72,6 @@ class Models:
             retry_s: A model that could not be loaded is not tried again for so long.
         """
         by_address = models if isinstance(models, Mapping) else {model.name: model for model in models}
-        names = Counter(model.name for address, model in by_address.items() if not is_registered(address))
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"several models are called {', '.join(twice)}: requests could name one of them alone")
         self._held = {address: _Held(model, pinned=True) for address, model in by_address.items()}
         self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
         self._first = next(iter(self._held.values()))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -28,12 +28,10 @@ class Found:
     Attributes:
         folder: Its local folder.
         name: What answers call it: the registered name and version, or the run's name.
-        fetched: Folder made for it, which whoever has loaded the model removes; None: it was there.
     """
 
     folder: Path
     name: str
-    fetched: Path | None = None
 
 
 def is_registered(model: str) -> bool:
@@ -109,8 +107,15 @@ def version_name(version: ModelVersion) -> str:
     return f"{version.name}/{version.version}"
 
 
-def resolve(model: str, tracking_uri: str = "") -> Found:
-    """A local folder for a model; fetches it where it is registered elsewhere.
+def folder_name(folder: str) -> str:
+    """What answers call a model of a folder: `yan run` leaves every model in runs/<name>/model."""
+    absolute = Path(folder).absolute()
+    return absolute.parent.name if absolute.name == "model" else absolute.name
+
+
+@contextmanager
+def resolve(model: str, tracking_uri: str = "") -> Iterator[Found]:
+    """A local folder for a model, for as long as the block runs: that of a registered one is a copy.
 
     Args:
         model: A folder, or as for `find_version`.
@@ -121,10 +126,8 @@ def resolve(model: str, tracking_uri: str = "") -> Found:
             looked into.
     """
     if not is_registered(model):
-        folder = Path(model)
-        absolute = folder.absolute()
-        # `yan run` leaves every model in runs/<name>/model.
-        return Found(folder, absolute.parent.name if absolute.name == "model" else absolute.name)
+        yield Found(Path(model), folder_name(model))
+        return
     version = find_version(model, tracking_uri)
     import mlflow
     from mlflow.artifacts import download_artifacts
@@ -135,24 +138,20 @@ def resolve(model: str, tracking_uri: str = "") -> Found:
     # Globally: MLflow 3.17 asks the global registry for a part of it whatever download_artifacts is told.
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    # Of a registry elsewhere MLflow makes a copy, and leaves its end to us; of one here it gives the files themselves.
-    copied = Path(tempfile.mkdtemp(prefix="yan-model-")) if urlsplit(uri).scheme in ("http", "https") else None
-    try:
-        # By number, so that an alias moved meanwhile cannot make the name a lie.
-        fetched = download_artifacts(f"{SCHEME}{name}", dst_path=None if copied is None else str(copied))
-    except (MlflowException, OSError) as error:
-        if copied is not None:
-            shutil.rmtree(copied, ignore_errors=True)
-        reason = str(error).splitlines()[0][:300]
-        raise RegistryError(f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}") from (
-            error
-        )
-    for config in sorted(Path(fetched).rglob("config.json")):
-        if "format_version" in json.loads(config.read_text(encoding="utf-8")):
-            return Found(config.parent, name, copied)
-    if copied is not None:
-        shutil.rmtree(copied, ignore_errors=True)
-    raise RegistryError(f"{SCHEME}{name} holds no YAN model: no config.json with a format_version below {fetched}")
+    with tempfile.TemporaryDirectory(prefix="yan-model-", ignore_cleanup_errors=True) as copy:
+        try:
+            # By number, so that an alias moved meanwhile cannot make the name a lie.
+            download_artifacts(f"{SCHEME}{name}", dst_path=copy)
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0][:300]
+            raise RegistryError(
+                f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}"
+            ) from error
+        for config in sorted(Path(copy).rglob("config.json")):
+            if "format_version" in json.loads(config.read_text(encoding="utf-8")):
+                yield Found(config.parent, name)
+                return
+        raise RegistryError(f"{SCHEME}{name} holds no YAN model: no config.json with a format_version")
 
 
 def _parse(model: str) -> tuple[str, str, str]:

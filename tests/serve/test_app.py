@@ -42,6 +42,11 @@ def test_a_file_of_keys_is_named_for_all_nodes_or_left_to_each(model_folder, tmp
     assert build_app(AppArgs(model=str(model_folder)))._bound_deployment.init_args[0].api_keys_file == ""
 
 
+def test_two_folders_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="several models are called world, and requests could name one of them alone"):
+        build_app(AppArgs(model="one/world/model", more_models=("two/world/model",)))
+
+
 def test_serves_own_deadline_is_the_longer_one():
     for of_serve in (None, 30.5):
         refuse_short_deadline(of_serve, 30.0)

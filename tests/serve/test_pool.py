@@ -149,11 +149,6 @@ def test_a_name_that_is_not_there_costs_no_model_its_place():
     assert asyncio.run(ask()) == ["a/1", "b/1"]
 
 
-def test_two_folders_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="several models are called world: requests could name one of them alone"):
-        Models({"one/world/model": model("world"), "two/world/model": model("world")})
-
-
 def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")

@@ -2,10 +2,9 @@
 
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
-import mlflow
-import mlflow.artifacts
 import pytest
 from mlflow import MlflowClient
 
@@ -36,9 +35,9 @@ def registry(model_folder, tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("model", ["models:/yan-tiny@champion", "models:/yan-tiny/1"])
 def test_a_registered_model_becomes_its_folder(registry, model, model_folder):
-    found = resolve(model, registry)
-    assert found.name == "yan-tiny/1"
-    assert (found.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+    with resolve(model, registry) as found:
+        assert found.name == "yan-tiny/1"
+        assert (found.folder / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
 
 
 def test_the_address_may_come_from_the_environment(registry, monkeypatch):
@@ -60,8 +59,8 @@ def test_the_address_may_come_from_the_environment(registry, monkeypatch):
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(registry, model, message):
-    with pytest.raises(RegistryError, match=message):
-        resolve(model, registry)
+    with pytest.raises(RegistryError, match=message), resolve(model, registry):
+        pass
 
 
 def test_a_missing_database_is_not_made(tmp_path):
@@ -84,36 +83,21 @@ def test_a_registry_out_of_reach(monkeypatch):
             find_version("models:/a@b", f"http://127.0.0.1:{probe.getsockname()[1]}")
 
 
-def test_files_of_a_registry_elsewhere_are_a_copy_that_goes_when_it_is_loaded(registry, model_folder, monkeypatch):
-    """By MLflow's word: who names no folder has one made that nobody removes."""
-    version, made = find_version("models:/yan-tiny@champion", registry), []
-
-    def download(uri: str, dst_path: str) -> str:
-        made.append(Path(dst_path))
-        return shutil.copytree(model_folder, made[-1] / "files")
-
-    def hollow(uri: str, dst_path: str) -> str:
-        made.append(Path(dst_path))
-        return dst_path
-
-    monkeypatch.setattr("serve.registry.find_version", lambda model, uri: version)
-    monkeypatch.setattr("serve.registry.registry_uri", lambda uri: "http://127.0.0.1:1")
-    monkeypatch.setattr(mlflow, "set_registry_uri", lambda uri: None)
-    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: None)
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    found = resolve("models:/yan-tiny@champion")
-    assert found.fetched == made[0] and found.folder.is_relative_to(made[0])
-    shutil.rmtree(made[0])
-    args = AppArgs(model="models:/yan-tiny@champion", tracking_uri="http://127.0.0.1:1")
-    Shelf(args, Metrics("one")).load("models:/yan-tiny@champion")
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hollow)
+def test_a_models_copy_goes_when_it_is_loaded_or_is_none(registry, tmp_path, monkeypatch):
+    """MLflow leaves a copy behind for whoever names no folder for it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    args = AppArgs(model="models:/yan-tiny@champion", tracking_uri=registry)
+    with resolve(args.model, registry) as found:
+        assert found.folder.is_relative_to(tmp_path)
+    assert Shelf(args, Metrics("one")).load(args.model).name == "yan-tiny/1"
     with pytest.raises(RegistryError, match="holds no YAN model"):
-        resolve("models:/yan-tiny@champion")
-    assert len(made) == 3 and not any(folder.exists() for folder in made)
+        Shelf(args, Metrics("one")).load("models:/yan-hollow/1")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plain_folder_passes_through():
-    found = resolve("runs/world/model")
-    assert found.folder == Path("runs/world/model")
-    assert found.name == "world"
-    assert resolve("/models/best").name == "best"
+    with resolve("runs/world/model") as found:
+        assert found.folder == Path("runs/world/model")
+        assert found.name == "world"
+    with resolve("/models/best") as found:
+        assert found.name == "best"

@@ -303,7 +303,9 @@ def test_an_open_server_answers_on_every_address_and_keeps_its_figures_to_itself
     args = AppArgs(model=str(model_folder), api_keys_file=str(tmp_path / "keys"))
     with running_server(args, host="0.0.0.0", port=0) as url:
         port, figures = url.rpartition(":")[2], os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"]
-        for place in (f"127.0.0.1:{port}/readyz", f"127.0.0.1:{figures}/metrics", f"127.0.0.2:{port}/readyz"):
+        own = os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]  # of Serve's own proxy, which is no other server's
+        pages = f"1:{port}/readyz", f"1:{figures}/metrics", f"1:{own}/-/healthz", f"2:{port}/readyz"
+        for place in (f"127.0.0.{page}" for page in pages):
             with urllib.request.urlopen(f"http://{place}", timeout=30) as answer:
                 assert answer.status == 200
         with pytest.raises(ConnectionRefusedError):
