@@ -258,19 +258,19 @@ def _generate(args: list[str]) -> int:
 
     # Named as a string: pipelines never imports serve but here.
     registry = importlib.import_module("serve.registry")
-    model = registry.resolve(chosen.model, chosen.tracking_uri or _default_registry()).folder
     from pipelines.generate import generate
 
-    manifest = generate(
-        model,
-        chosen.input,
-        Path(chosen.output),
-        settings,
-        batch_size=chosen.batch_size,
-        num_workers=chosen.num_workers,
-        fresh=chosen.fresh,
-        say=lambda line: print(line, flush=True),
-    )
+    with registry.resolve(chosen.model, chosen.tracking_uri or _default_registry()) as found:
+        manifest = generate(
+            found.folder,
+            chosen.input,
+            Path(chosen.output),
+            settings,
+            batch_size=chosen.batch_size,
+            num_workers=chosen.num_workers,
+            fresh=chosen.fresh,
+            say=lambda line: print(line, flush=True),
+        )
     cut = f", {manifest['sources_cut']} read in part, being too long" * bool(manifest["sources_cut"])
     print(f"{manifest['rows']} rows in {chosen.output}, {manifest['failed']} failed{cut}", flush=True)
     if manifest["first_failed"]:
