@@ -8,6 +8,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
 import yan_core
 from pipelines.answer import Answer, Read, Settings, kept_names
@@ -330,6 +331,19 @@ def test_the_command_tells_how_many_failed_and_ends_well(tmp_path, model_folder,
     assert "guidance_scale must be finite" in capsys.readouterr().err
     assert main(["generate", *options, "--output", "s3://bucket/out"]) == 2
     assert "--output must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_registered_model_answers_as_its_folder_does(tmp_path, model_folder, local_ray):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("yan-tiny")
+    client.create_model_version("yan-tiny", model_folder.as_uri())
+    options = ["--input", write(tmp_path, "parquet"), "--num-workers", "1", "--tracking-uri", uri]
+    assert main(["generate", "--model", "models:/yan-tiny/1", *options, "--output", str(tmp_path / "out")]) == 0
+    assert main(["generate", "--model", str(model_folder), *options, "--output", str(tmp_path / "same")]) == 0
+    registered, plain = (pq.read_table(tmp_path / name)["answer"].to_pylist() for name in ("out", "same"))
+    assert len(registered) == len(ROWS) and registered == plain
 
 
 @pytest.mark.ray
