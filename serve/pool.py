@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from serve.errors import NotFound, Overloaded, ServerError, shown
+from serve.errors import NotFound, Overloaded, RequestError, ServerError, shown
 from serve.models import ServedModel
-from serve.registry import SCHEME, RegistryError, is_registered
+from serve.registry import SCHEME, RegistryAway, RegistryError, is_registered
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,7 +37,8 @@ class Source(Protocol):
         """Name of the version that an address of the registry stands for now.
 
         Raises:
-            RegistryError: If it is not there or the registry cannot be read.
+            RegistryError: If it is not there.
+            RegistryAway: If the registry cannot be read.
         """
         ...
 
@@ -76,7 +78,7 @@ class Models:
         self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
         self._first = next(iter(self._held.values()))
         self._loading: dict[str, asyncio.Task[_Held]] = {}
-        self._failed: dict[str, tuple[float, NotFound | ServerError]] = {}
+        self._failed: dict[str, tuple[float, RequestError]] = {}
         self._one_at_a_time = asyncio.Lock()  # there is memory for one more, not for any number
         self._loader = ThreadPoolExecutor(1, "load")
 
@@ -111,7 +113,7 @@ class Models:
 
         Raises:
             NotFound: If there is none.
-            Overloaded: If there is no room for it now, or it takes too long.
+            Overloaded: If there is no room for it now, the registry cannot be read, or it takes too long.
             ServerError: If it cannot be loaded.
         """
         if name is None:
@@ -155,6 +157,7 @@ class Models:
 
     async def _load(self, address: str) -> _Held:
         assert self._source is not None
+        name = address.removeprefix(SCHEME)
         try:
             async with self._one_at_a_time:
                 await self._in_thread(self._source.current, address)  # no model makes room for one that is not there
@@ -164,13 +167,17 @@ class Models:
                 return held
         except Overloaded:
             raise
+        except RegistryAway as away:
+            logger.warning("%s was asked for: %s", address, away)
+            message = f"{shown(name)} is not in memory, and the registry cannot be read now; come again later"
+            retry_s = max(1, math.ceil(self._retry_s))
+            error: RequestError = Overloaded(message, code="registry_unavailable", retry_after_s=retry_s)
         except RegistryError as missing:
             logger.info("%s was asked for: %s", address, missing)
-            error: NotFound | ServerError = self._unknown(address.removeprefix(SCHEME))
+            error = self._unknown(name)
         except Exception:
             logger.exception("%s cannot be served", address)
-            name = shown(address.removeprefix(SCHEME))
-            error = ServerError(f"model {name} cannot be loaded; the log says why", code="model_not_loaded")
+            error = ServerError(f"model {shown(name)} cannot be loaded; the log says why", code="model_not_loaded")
         finally:
             self._loading.pop(address, None)
         if len(self._failed) >= 1000:

@@ -21,6 +21,10 @@ class RegistryError(ValueError):
     """The registry cannot be reached, or does not hold what was asked for."""
 
 
+class RegistryAway(RegistryError):
+    """The registry cannot be read now."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A model to serve.
@@ -43,7 +47,8 @@ def registry_uri(tracking_uri: str) -> str:
     """Address of the registry: the one given, else MLFLOW_TRACKING_URI; a SQLite file by its absolute path.
 
     Raises:
-        RegistryError: If neither is there, or the SQLite file is not (MLflow would make an empty one).
+        RegistryError: If neither is there.
+        RegistryAway: If the SQLite file is not there (MLflow would make an empty one).
     """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
@@ -54,7 +59,7 @@ def registry_uri(tracking_uri: str) -> str:
     if uri.startswith("sqlite:///"):
         file = Path(uri.removeprefix("sqlite:///")).resolve()
         if not file.is_file():
-            raise RegistryError(f"tracking_uri={uri}: there is no file {file}")
+            raise RegistryAway(f"tracking_uri={uri}: there is no file {file}")
         return f"sqlite:///{file}"
     return uri
 
@@ -67,8 +72,8 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
         tracking_uri: The registry; empty: MLFLOW_TRACKING_URI.
 
     Raises:
-        RegistryError: If the address is malformed, the registry is out of reach, or the name, alias or version is not
-            in it; then it lists what is.
+        RegistryError: If the address is malformed, or the name, alias or version is not in it; then it lists what is.
+        RegistryAway: If the registry cannot be read.
     """
     name, alias, version = _parse(model)
     uri = registry_uri(tracking_uri)
@@ -84,18 +89,22 @@ def find_version(model: str, tracking_uri: str = "") -> ModelVersion:
         ) from error
     client = MlflowClient(uri, uri)  # a registry set globally would win over the first alone
     try:
-        if not client.search_registered_models(f"name = '{name}'"):
+        try:
+            aliases = dict(client.get_registered_model(name).aliases)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
             names = [m.name for m in client.search_registered_models()]
-            raise RegistryError(f"{model}: the registry {uri} has no model {name!r}; it has {_listed(names)}")
-        aliases = dict(client.get_registered_model(name).aliases)
+            message = f"{model}: the registry {uri} has no model {name!r}; it has {_listed(names)}"
+            raise RegistryError(message) from error
         if alias and alias not in aliases:
             raise RegistryError(f"{model}: model {name!r} has no alias {alias!r}; it has {_listed(aliases)}")
         versions = {str(v.version): v for v in client.search_model_versions(f"name='{name}'")}
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0][:300]
-        raise RegistryError(
+        raise RegistryAway(
             f"the registry {uri} cannot be read ({reason}); is it running and the address right?"
-        ) from (error)
+        ) from error
     version = str(aliases[alias]) if alias else version
     if version not in versions:
         raise RegistryError(f"{model}: model {name!r} has no version {version}; it has {_listed(versions)}")
@@ -124,6 +133,7 @@ def resolve(model: str, tracking_uri: str = "") -> Iterator[Found]:
     Raises:
         RegistryError: As `find_version`, and if the registered model holds no YAN model folder. A plain folder is not
             looked into.
+        RegistryAway: As `find_version`, and if its files cannot be fetched.
     """
     if not is_registered(model):
         yield Found(Path(model), folder_name(model))
@@ -144,7 +154,7 @@ def resolve(model: str, tracking_uri: str = "") -> Iterator[Found]:
             download_artifacts(f"{SCHEME}{name}", dst_path=copy)
         except (MlflowException, OSError) as error:
             reason = str(error).splitlines()[0][:300]
-            raise RegistryError(
+            raise RegistryAway(
                 f"{SCHEME}{name} is registered at {uri}, but its files cannot be fetched: {reason}"
             ) from error
         for config in sorted(Path(copy).rglob("config.json")):

@@ -114,8 +114,13 @@ def create_api(
             follow=body.trajectory or body.stream,
         )
 
-    def timeout_of(asked: float | None) -> float:
-        return args.request_timeout_s if asked is None else min(asked, args.request_timeout_s)
+    async def model_of(body: GenerateRequest | CompletionRequest) -> tuple[ServedModel, float]:
+        """The model that a request names, and the seconds that are left for its answer once it is loaded."""
+        most_s = args.request_timeout_s
+        timeout_s = most_s if body.timeout_s is None else min(body.timeout_s, most_s)
+        until = time.monotonic() + timeout_s
+        model = await models.get(body.model, timeout_s)
+        return model, until - time.monotonic()
 
     def note(request: Request, model: ServedModel, sources: Sequence[str], answers: Sequence[Answer]) -> None:
         """Tell the access log of answers."""
@@ -139,14 +144,14 @@ def create_api(
     async def generate(body: GenerateRequest, request: Request) -> Any:
         """Answer a text; with `stream`, give the whole text after every solver step before."""
         begun = time.perf_counter()
-        model = await models.get(body.model, timeout_of(body.timeout_s))
+        model, left_s = await model_of(body)
         settings = settings_of(body, model)
         source = source_of(body, model)
         asked = await model.ask(
             [source],
             [body.seed],
             settings,
-            timeout_of(body.timeout_s),
+            left_s,
             param="source" if body.fields is None else "fields",
             with_pieces=settings.follow,
         )
@@ -186,14 +191,14 @@ def create_api(
     )
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Answer prompts as OpenAI's completions API does."""
-        model = await models.get(body.model, timeout_of(body.timeout_s))
+        model, left_s = await model_of(body)
         sources = openai_api.sources_of(body, model)
         settings = openai_api.settings_of(body, model, args.num_steps, args.deterministic)
         asked = await model.ask(
             sources,
             openai_api.seeds_of(body),
             settings,
-            timeout_of(body.timeout_s),
+            left_s,
             param="prompt",
             may_cut=False,
             with_pieces=openai_api.needs_pieces(body, settings.max_tokens),

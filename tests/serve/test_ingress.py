@@ -1,6 +1,7 @@
 """What takes HTTP in, as the environment says it and as there is an HAProxy or none."""
 
 import itertools
+import json
 import math
 import os
 import socket
@@ -125,12 +126,14 @@ def replica(silent: float) -> int:
 
 
 def answers_of(count: int, tmp_path: Path, **servers: int) -> list[bytes]:
-    """First lines of the answers to so many requests to HAProxy in front of the servers, by name and port."""
+    """The answers to so many requests to HAProxy, with Ray's error page, in front of the servers, by name and port."""
     (port,) = ingress._free_ports(1)
-    config = tmp_path / "haproxy.cfg"
+    config, page = tmp_path / "haproxy.cfg", tmp_path / "500.http"
+    page.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
     config.write_text(
         f"defaults\n    mode http\n    timeout connect 5s\n    timeout client 20s\n    timeout server 20s\n"
         f"    option redispatch 1\n    retry-on {ingress.RETRIED}\n"
+        f"    errorfile 502 {page}\n    errorfile 503 {page}\n    errorfile 504 {page}\n"
         f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend both\n"
         f"backend both\n    balance roundrobin\n"
         + "".join(f"    server {name} 127.0.0.1:{at}\n" for name, at in servers.items())
@@ -146,16 +149,31 @@ def answers_of(count: int, tmp_path: Path, **servers: int) -> list[bytes]:
 
 def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(tmp_path: Path):
     """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
-    assert answers_of(4, tmp_path, gone=replica(math.inf), there=replica(0)) == [b"HTTP/1.1 200 OK"] * 4
+    answers = answers_of(4, tmp_path, gone=replica(math.inf), there=replica(0))
+    assert [answer.partition(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 200 OK"] * 4
 
 
 def test_request_is_answered_though_more_connections_than_haproxy_has_tries_end_before_an_answer(tmp_path: Path):
     """As those to the only replica that it knows, where that one dies: HAProxy's own three tries are too few."""
-    assert answers_of(1, tmp_path, only=replica(5)) == [b"HTTP/1.1 200 OK"]
+    (answer,) = answers_of(1, tmp_path, only=replica(5))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(
+    ("only", "status", "code", "comes_again"), [(None, 503, "no_replica", True), (math.inf, 502, "replica_lost", False)]
+)
+def test_what_haproxy_answers_itself_is_read_as_the_servers_errors_are(only, status, code, comes_again, tmp_path: Path):
+    port = ingress._free_ports(1)[0] if only is None else replica(only)
+    (answer,) = answers_of(1, tmp_path, only=port)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    told = json.loads(body)["error"]
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()) and told["code"] == code
+    assert set(told) == {"message", "type", "param", "code"}
+    assert b"content-type: application/json" in head and (b"retry-after: 1" in head) == comes_again
 
 
 def asked_in_two_parts(port: int) -> bytes:
-    """First line of the answer to a request whose body comes some time after its headers."""
+    """The answer to a request whose body comes some time after its headers."""
     until = time.monotonic() + 20
     while True:
         try:
@@ -168,4 +186,4 @@ def asked_in_two_parts(port: int) -> bytes:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
         time.sleep(0.05)
         client.sendall(b"hello")
-        return client.recv(4096).partition(b"\r\n")[0]
+        return b"".join(iter(lambda: client.recv(4096), b""))

@@ -9,8 +9,9 @@ import pytest
 
 from serve.errors import NotFound, Overloaded, ServerError
 from serve.metrics import Metrics
+from serve.models import ServedModel
 from serve.pool import Models
-from serve.registry import RegistryError
+from serve.registry import RegistryAway, RegistryError
 
 CHAMPION = "models:/story@champion"
 
@@ -21,12 +22,15 @@ class Shelf:
     def __init__(self, **aliases: str) -> None:
         self.aliases = {f"models:/{name.replace('__', '@')}": version for name, version in aliases.items()}
         self.broken: set[str] = set()
+        self.away = False
         self.loads: list[str] = []
         self.free = threading.Event()
         self.free.set()
         self.metrics = Metrics("one")
 
     def current(self, address: str) -> str:
+        if self.away:
+            raise RegistryAway("is it running?")
         if address not in self.aliases:
             raise RegistryError(f"{address}: none")
         return self.aliases[address]
@@ -107,6 +111,24 @@ def test_what_the_registry_has_not_is_unknown_and_what_does_not_work_is_told():
                 await models.get("quiz@best")
         assert shelf.loads == ["quiz/7"]  # and not again for a while
         assert names(models) == ["world"]
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_is_away_is_no_missing_model():
+    async def run() -> None:
+        shelf = Shelf(quiz__best="quiz/7")
+        shelf.away = True
+        models = Models([model("world")], shelf, any_registered=True, retry_s=0.2)
+        for _ in range(2):
+            with pytest.raises(
+                Overloaded, match="'quiz@best' is not in memory, and the registry cannot be read now"
+            ) as told:
+                await models.get("quiz@best")
+            assert told.value.headers == {"Retry-After": "1"} and told.value.code == "registry_unavailable"
+        shelf.away = False
+        await asyncio.sleep(0.25)
+        assert (await models.get("quiz@best")).name == "quiz/7"
 
     asyncio.run(run())
 
@@ -220,3 +242,22 @@ def test_a_fixed_version_is_not_looked_after():
         assert models.first.name == "story/3"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/completions"])
+def test_a_requests_deadline_counts_the_time_that_its_model_takes_to_load(start, path, monkeypatch):
+    get, ask, left = Models.get, ServedModel.ask, []
+
+    async def slow_get(self: Models, *args: Any) -> ServedModel:
+        await asyncio.sleep(0.3)
+        return await get(self, *args)
+
+    async def told(self: ServedModel, sources: Any, seeds: Any, settings: Any, timeout_s: float, **more: Any) -> Any:
+        left.append(timeout_s)
+        return await ask(self, sources, seeds, settings, timeout_s, **more)
+
+    monkeypatch.setattr(Models, "get", slow_get)
+    monkeypatch.setattr(ServedModel, "ask", told)
+    body = {"prompt" if "completions" in path else "source": "a", "timeout_s": 20}
+    assert start().post(path, json=body).status_code == 200
+    assert 0 < left[0] <= 19.7
