@@ -53,7 +53,10 @@ def make_batch(config: RunConfig, stage: str, rows: Mapping[str, np.ndarray], gr
     fill = config.model.length == "fill" or config.baseline is not None
     if stage == "flow":
         return infilling_batch(targets, keys, config.flow_loss, fill, groups)
-    return task_batch(sources, targets, keys, config.flow_loss, config.data.max_target_tokens, fill)
+    places = config.data.max_target_tokens
+    if config.baseline is not None and not config.baseline.learns_filling:
+        places = min(places, 1 + max(map(len, targets)))  # what is behind the ends of all would be computed for nothing
+    return task_batch(sources, targets, keys, config.flow_loss, places, fill)
 
 
 def as_rows(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

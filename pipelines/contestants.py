@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pipelines.compute import step_flops
 from pipelines.evaluation import Quality, best_constant
 from pipelines.speed import measure_speed
 from pipelines.state import STAGES
+from yan_core.checkpoint import read_config
 from yan_core.config import BaselineConfig, RunConfig, SamplingConfig, from_dict, to_dict
 from yan_core.files import code_commit
 from yan_core.model import build_model
@@ -115,8 +117,16 @@ def entered(name: str, contestant: Contestant, config: RunConfig, size: int) -> 
     return from_dict(RunConfig, merged(to_dict(config), changes))
 
 
+def with_steps(stage: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """A stage's settings with so many steps, of which warm-up and curriculum take the share that they took."""
+    share = steps / stage["max_steps"]
+    warmup = {"warmup_steps": math.ceil(share * stage["optim"]["warmup_steps"])}
+    curriculum = math.ceil(share * stage["curriculum_steps"])
+    return {**stage, "max_steps": steps, "curriculum_steps": curriculum, "optim": {**stage["optim"], **warmup}}
+
+
 def with_compute(config: RunConfig, data: TrainingData, budget: Mapping[str, float]) -> RunConfig:
-    """The run with as many steps in each stage as the budget of floating-point operations allows.
+    """The run with as many steps in each stage as the budget of floating-point operations allows; see `with_steps`.
 
     Args:
         config: A contestant's run.
@@ -131,10 +141,11 @@ def with_compute(config: RunConfig, data: TrainingData, budget: Mapping[str, flo
         if not stages[stage]["max_steps"]:
             continue
         flops += missing if stage == last else 0.0
+        given = stages[stage]
         # Twice: with more steps, a stage that grows its rows spends more on each.
         for _ in range(2):
             each = step_flops(from_dict(RunConfig, values), data, stage)
-            stages[stage]["max_steps"] = max(1, round(flops / each))
+            stages[stage] = with_steps(given, max(1, round(flops / each)))
     return from_dict(RunConfig, values)
 
 
@@ -209,6 +220,7 @@ def entry(
     """
     trained = yan_core.load(model).model
     return {
+        "commit": read_config(model)["commit"],
         "label": contestant.label,
         "settings": contestant.settings,
         "compute": contestant.compute,

@@ -64,6 +64,21 @@ def _share(value: float, quality: Mapping[str, Any]) -> str:
     return f"{100 * value:.1f}{interval}"
 
 
+def commits(report: Report) -> str:
+    """Where figures come from: speeds are of the report's own commit, models may be older, as new reports tell."""
+    trained = sorted({short_commit(of["commit"]) for of in report["contestants"].values() if "commit" in of})
+    told = [
+        *(["models of commit " + ", ".join(trained)] if trained else []),
+        f"measured at {short_commit(report['commit'])}",
+    ]
+    return ", ".join(told)
+
+
+def short_commit(commit: str) -> str:
+    """A commit's first letters, and whether files differed from it."""
+    return commit[:12] + "-dirty" * commit.endswith("-dirty")
+
+
 def heading(report: Report) -> str:
     """What was compared, when and where, by which command."""
     machine = report["machine"]
@@ -79,8 +94,8 @@ def heading(report: Report) -> str:
         "",
         f"{report['task']} on {report['data']}, {report['rows']} validation rows"
         f"{f', {cut} with sources cut to fit' if cut else ''}"
-        f"{f', answers of {length:.1f} tokens in the mean' if length else ''}; {report['date'][:10]}, commit "
-        f"{report['commit'][:12]}{'-dirty' * report['commit'].endswith('-dirty')}, {where}.",
+        f"{f', answers of {length:.1f} tokens in the mean' if length else ''}; {report['date'][:10]}, "
+        f"{commits(report)}, {where}.",
         "",
         *([f"`yan compare {' '.join(report['arguments'])}`", ""] if report.get("arguments") else []),
     ]

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 class Baseline(nn.Module, ABC):
     """A model that answers sources by its own means."""
 
-    learns_filling = False
-    """Whether the end-of-text tokens after the first one are part of what it writes, and learns."""
-
     def __init__(self, config: BaselineConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size

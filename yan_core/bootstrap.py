@@ -93,10 +93,14 @@ def bootstrap(scores: Mapping[str, Scores], num_samples: int = NUM_SAMPLES, seed
     Raises:
         ValueError: If there is no row, or the numbers of rows differ.
 
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
+    Where every row has 1, or every row 0, all samples are alike and would leave no doubt: there the interval is the
+    exact one of a share.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13; Clopper and Pearson 1934.
     """
     samples = _samples(list(scores.values()), num_samples, seed)
-    return {name: _interval(s.value, drawn) for (name, s), drawn in zip(scores.items(), samples, strict=True)}
+    found = {name: _interval(s.value, drawn) for (name, s), drawn in zip(scores.items(), samples, strict=True)}
+    return found | {name: exact for name, s in scores.items() if (exact := _of_a_clean_sweep(s))}
 
 
 def paired_difference(
@@ -141,6 +145,15 @@ def _samples(systems: Sequence[Scores], num_samples: int, seed: int) -> list[np.
     ends = np.cumsum([s.statistics.shape[1] for s in systems])[:-1]
     parts = np.split(np.concatenate(sums), ends, axis=1)
     return [s.combine(part) for s, part in zip(systems, parts, strict=True)]
+
+
+def _of_a_clean_sweep(scores: Scores) -> Interval | None:
+    """The interval of a mean whose rows are all 1, or all 0; None for any other metric or rows."""
+    first, value = scores.statistics[:, 0], scores.value
+    if scores.combine is not _ratio or value not in (0.0, 1.0) or (first != value).any():
+        return None
+    doubt = 1 - ((1 - LEVEL) / 2) ** (1 / len(scores))
+    return Interval(1.0, 1 - doubt, 1.0) if value else Interval(0.0, 0.0, doubt)
 
 
 def _interval(value: float, samples: np.ndarray) -> Interval:

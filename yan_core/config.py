@@ -73,10 +73,8 @@ class EncoderConfig:
         allowed = ("rotary", "start", "end")
         wrong = [p for p in self.positions if p not in allowed]
         _require(not wrong, f"encoder.positions must be from {allowed}, got {wrong}")
-        _require(
-            self.conv_kernel == 0 or self.conv_kernel % 2 == 1,
-            f"encoder.conv_kernel must be 0 or odd, got {self.conv_kernel}",
-        )
+        odd = self.conv_kernel == 0 or self.conv_kernel % 2 == 1
+        _require(odd, f"encoder.conv_kernel must be 0 or odd, got {self.conv_kernel}")
         _require(self.num_blocks >= 1, f"encoder.num_blocks must be >= 1, got {self.num_blocks}")
         _require(self.embed_std > 0, f"encoder.embed_std must be > 0, got {self.embed_std}")
         _require(self.matching_gain >= 0, f"encoder.matching_gain must be >= 0, got {self.matching_gain}")
@@ -230,10 +228,14 @@ class BaselineConfig:
     @property
     def num_parameters(self) -> int:
         """Weights of the blocks: embeddings, vocabulary head, biases and norms left out."""
-        a_block = (
-            28 if self.family == "encoder_decoder" else 12
-        )  # attention 4, feed-forward 8; a decoder's has two of 4
+        # Attention has 4, feed-forward 8; of BART's two blocks the decoder's has attention twice.
+        a_block = 28 if self.family == "encoder_decoder" else 12
         return a_block * self.num_blocks * self.d_model**2
+
+    @property
+    def learns_filling(self) -> bool:
+        """Whether it writes, and learns, the end-of-text tokens after the first one too."""
+        return self.family == "masked_diffusion"
 
     @staticmethod
     def of_size(num_parameters: int, family: Family = "ar", least_blocks: int = 1, **settings: Any) -> BaselineConfig:
@@ -359,10 +361,8 @@ class FlowLossConfig:
         )
         _require(self.corpus_max_span >= 1, f"flow_loss.corpus_max_span must be >= 1, got {self.corpus_max_span}")
         _require(self.sigma > 0, f"flow_loss.sigma must be > 0, got {self.sigma}")
-        _require(
-            len(self.solver_steps) > 0 and min(self.solver_steps) >= 1,
-            f"flow_loss.solver_steps must name step counts >= 1, got {self.solver_steps}",
-        )
+        steps = self.solver_steps
+        _require(min(steps, default=0) >= 1, f"flow_loss.solver_steps must name step counts >= 1, got {steps}")
         for name in ("time_alpha", "time_beta"):
             value = getattr(self, name)
             _require(value > 0, f"flow_loss.{name} must be > 0, got {value}")

@@ -366,7 +366,9 @@ def baseline_loss(model: Baseline, batch: Batch, config: FlowLossConfig, counts:
     Returns:
         The total, and loss_ce in nats a token, the same.
     """
-    weight = token_weights(batch.target_ids, batch.target_mask, config.fill_weight if model.learns_filling else 0.0)
+    weight = token_weights(
+        batch.target_ids, batch.target_mask, config.fill_weight if model.config.learns_filling else 0.0
+    )
     counts = counts or count_places(weight, batch.target_mask, 1)
     loss = (model.losses(batch) * weight).sum() / counts.weight
     return LossOutput(loss, {"loss_ce": loss.detach()})
@@ -383,7 +385,7 @@ class Objective(nn.Module):
         """What the terms of a batch's loss are divided by."""
         if isinstance(self.model, Baseline):
             assert isinstance(self.config, FlowLossConfig)
-            fill_weight = self.config.fill_weight if self.model.learns_filling else 0.0
+            fill_weight = self.config.fill_weight if self.model.config.learns_filling else 0.0
             return count_places(token_weights(batch.target_ids, batch.target_mask, fill_weight), batch.target_mask, 1)
         return count(batch, self.config, self.model.config)
 

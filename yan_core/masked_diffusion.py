@@ -37,8 +37,6 @@ class MaskedDiffusion(Baseline):
     pass over source and target; nothing is kept between passes, since every token sees every other one.
     """
 
-    learns_filling = True
-
     def __init__(self, config: BaselineConfig, vocab_size: int, mask_id: int = MASK) -> None:
         """Build it with fresh weights from PyTorch's global generator.
 

@@ -41,6 +41,7 @@ from pipelines.contestants import (
     merged,
     report_of,
     with_compute,
+    with_steps,
 )
 from pipelines.evaluation import Quality, evaluate_model
 from pipelines.order import Position
@@ -70,10 +71,9 @@ def say(line: str) -> None:
 def compared(packed: Packed, share: float, compile_loss: bool) -> RunConfig:
     """The run compared: the packed one with a share of its steps, in one process."""
     values = to_dict(packed.config)
-    for settings in values["stages"].values():
-        settings["max_steps"] = math.ceil(share * settings["max_steps"])
-        settings["curriculum_steps"] = math.ceil(share * settings["curriculum_steps"])
-        settings["optim"]["warmup_steps"] = math.ceil(share * settings["optim"]["warmup_steps"])
+    for name, stage in values["stages"].items():
+        if stage["max_steps"]:
+            values["stages"][name] = with_steps(stage, math.ceil(share * stage["max_steps"]))
     return from_dict(RunConfig, merged(values, {"scaling": {"num_workers": 1, "compile": compile_loss}}))
 
 

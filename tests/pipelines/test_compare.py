@@ -14,11 +14,21 @@ from pipelines.cli import UsageError, main, parse_config
 from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops
+from pipelines.contestants import with_steps
 from pipelines.prepare import prepare
-from pipelines.results import differences, headline, main_quality, over_seeds, pictures, shown, with_other_seeds
+from pipelines.results import (
+    commits,
+    differences,
+    headline,
+    main_quality,
+    over_seeds,
+    pictures,
+    shown,
+    with_other_seeds,
+)
 from pipelines.results import main as write_page
 from pipelines.run import run
-from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.config import OptimConfig, RunConfig, StageConfig, from_dict, to_dict
 from yan_core.model import build_model
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
@@ -61,6 +71,13 @@ def test_every_contestant_gets_the_same_compute(config, prepared, name):
     spent = sum(training_flops(own, prepared).values())
     assert spent == pytest.approx(sum(budget.values()), rel=0.05)
     assert (found["autoencoder"] == 0) == (name in BASELINES)
+
+
+def test_a_contestants_warm_up_and_curriculum_take_the_share_of_its_steps_that_they_have_in_the_run_compared():
+    settings = to_dict(StageConfig(max_steps=1600, curriculum_steps=400, optim=OptimConfig(warmup_steps=100)))
+    fewer = with_steps(settings, 560)
+    assert (fewer["max_steps"], fewer["curriculum_steps"], fewer["optim"]["warmup_steps"]) == (560, 140, 35)
+    assert with_steps(settings, 1600) == settings
 
 
 @pytest.mark.ray
@@ -271,6 +288,13 @@ def test_what_mixes_tokens_and_the_models_size_have_pictures_where_they_vary():
     (axes,) = pictures(report)["quality_by_size.png"].axes
     assert list(axes.lines[-1].get_xdata()) == [0.32, 0.96, 1.0]
     assert "quality_by_size" in shown(report)
+
+
+def test_a_report_tells_the_commits_of_its_models_apart_from_its_own():
+    new, old = {"commit": "0123456789abcdef"}, {"commit": "fedcba9876543210-dirty"}
+    report = {"commit": "aaaaaaaaaaaaaaaa", "contestants": {"yan": new, "ar": old, "k1": new}}
+    assert commits(report) == "models of commit 0123456789ab, fedcba987654-dirty, measured at aaaaaaaaaaaa"
+    assert commits({**report, "contestants": {"yan": {}}}) == "measured at aaaaaaaaaaaa"
 
 
 def test_a_lead_over_baselines_that_learnt_nothing_is_told_as_such():

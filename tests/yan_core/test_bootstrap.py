@@ -34,8 +34,13 @@ def test_the_seed_decides_and_nothing_else() -> None:
     assert vars(beside["x"]) == pytest.approx(vars(interval(values)))
 
 
-def test_rows_that_are_all_alike_leave_no_doubt() -> None:
-    assert interval([1.0] * 5) == Interval(1, 1, 1)
+def test_rows_that_are_all_right_or_all_wrong_leave_as_much_doubt_as_they_are_few() -> None:
+    """Clopper and Pearson's: of so few rows with a true share of the lower end, all are right once in 40 times."""
+    right, wrong = interval([1.0] * 5), interval([0.0] * 5)
+    assert (right.value, right.high) == (1, 1) and right.low**5 == pytest.approx(0.025)
+    assert (wrong.value, wrong.low, wrong.high) == (0, 0, pytest.approx(1 - right.low))
+    assert interval([1.0] * 604).low == pytest.approx(0.9939, abs=1e-4)
+    assert interval([0.5] * 5) == Interval(0.5, 0.5, 0.5)
 
 
 def test_a_paired_difference_is_surer_than_two_intervals() -> None:
