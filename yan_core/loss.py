@@ -366,9 +366,8 @@ def baseline_loss(model: Baseline, batch: Batch, config: FlowLossConfig, counts:
     Returns:
         The total, and loss_ce in nats a token, the same.
     """
-    weight = token_weights(
-        batch.target_ids, batch.target_mask, config.fill_weight if model.config.learns_filling else 0.0
-    )
+    fill_weight = config.fill_weight if model.config.learns_filling else 0.0
+    weight = token_weights(batch.target_ids, batch.target_mask, fill_weight)
     counts = counts or count_places(weight, batch.target_mask, 1)
     loss = (model.losses(batch) * weight).sum() / counts.weight
     return LossOutput(loss, {"loss_ce": loss.detach()})
