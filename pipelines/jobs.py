@@ -27,7 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import yan_core
 from pipelines.cli import UsageError, parse_config
-from pipelines.listing import locate
+from pipelines.listing import locate, without_password
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
 from pipelines.state import check_stages
@@ -60,27 +60,46 @@ def check_job(config: RunConfig, trains: bool = True) -> None:
     get_task(config.data.task)
     if trains:
         check_stages(config)
-    paths = {
-        "runs_dir": config.runs_dir,
+    folders = {
+        "runs_dir": config.runs_dir or "''",
         "init_from": config.init_from,
         "tokenizer.path": config.tokenizer.path,
-        "scaling.storage": config.scaling.storage,
-        "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
         "evaluation.bertscore_model": config.evaluation.bertscore_model,
         "evaluation.perplexity_model": config.evaluation.perplexity_model,
     }
+    wrong = [f"{key}={path}" for key, path in folders.items() if path and path[0] != "/"]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: a job needs absolute paths of folders that all nodes share, no URLs")
+    places = {"scaling.storage": config.scaling.storage}
     for name in (config.data.dataset, *corpora_of(config.data)):
         dataset = find_dataset(config.data, name)
         if dataset.format in ("parquet", "jsonl", "csv", "text"):
             for part in ("train", "validation"):
                 if where := getattr(dataset, part):
-                    paths[f"data.datasets.{name}.{part}"] = locate(config.data, where)
-    relative = [f"{key}={path}" for key, path in paths.items() if path and "://" not in path and path[0] != "/"]
-    if relative:
+                    places[f"data.datasets.{name}.{part}"] = locate(config.data, where)
+    wrong = [f"{key}={place}" for key, place in places.items() if place and not _is_reached(place, CLOUDS)]
+    if wrong:
         raise UsageError(
-            f"{', '.join(relative)}: a job needs absolute paths (or URLs) that all nodes reach; data sets' paths start "
-            "from data.root"
+            f"{', '.join(wrong)}: a job needs absolute paths that all nodes share, or URLs of {', '.join(CLOUDS)}; "
+            "data sets' paths start from data.root"
         )
+    store = config.tracking.uri
+    if store and not _is_reached(store.removeprefix("sqlite:///"), STORES):
+        raise UsageError(
+            f"tracking.uri={without_password(store)}: a job needs sqlite:/// with an absolute path, or a URL of "
+            f"{', '.join(STORES)}"
+        )
+
+
+CLOUDS = ("s3", "gs", "gcs", "hdfs", "abfs", "abfss", "file")
+"""Where data and checkpoints may lie, by the schemes of their URLs."""
+STORES = ("http", "https", "postgresql", "mysql", "mssql", "databricks")
+"""What MLflow is reached by; a database's may name its driver too."""
+
+
+def _is_reached(place: str, schemes: Sequence[str]) -> bool:
+    scheme, is_url, _ = place.partition("://")
+    return scheme.partition("+")[0] in schemes if is_url else place.startswith("/")
 
 
 @contextmanager

@@ -27,10 +27,18 @@ READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error)
 """What reading a damaged file raises."""
 
 
+def without_password(text: str) -> str:
+    """Text, or an address alone, as it may be shown and recorded: passwords of the URLs in it are gone."""
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
+
+
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into."""
+    """What went wrong, in a line: the last `SomeError: ...` of a text that Ray has put tracebacks and advice into.
+
+    Passwords of URLs in it are left out.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (raised_in(lines)[-1:] or lines or [type(error).__name__])[0][:300]
+    return without_password((raised_in(lines)[-1:] or lines or [type(error).__name__])[0])[:300]
 
 
 def raised_in(lines: list[str]) -> list[str]:

@@ -13,15 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.util
 import torch
 
 from pipelines.card import evidence
+from pipelines.cluster import progress_lines
 from pipelines.evaluation import Quality, evaluate_model
 from pipelines.folders import flat
-from pipelines.listing import locate, reason_of
+from pipelines.listing import locate, reason_of, without_password
 from pipelines.metrics_buffer import UNSENT, MetricsBuffer
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
-from pipelines.prepare import Prepared, corpora_of
+from pipelines.prepare import Prepared, corpora_of, open_prepared
 from pipelines.progress import say
 from pipelines.sources import find_dataset
 from pipelines.tracking import STORE_ERRORS, Tracker, TrackingError, patiently, tracking_uri
@@ -45,21 +48,24 @@ def begin_tracking(config: RunConfig, known: str | None) -> Tracker:
         tracker = Tracker.start(config, known)
     except STORE_ERRORS as error:
         uri = tracking_uri(config)
+        silent = f"MLflow at {without_password(uri)} does not answer ({reason_of(error)})"
         if known is None:
-            raise TrackingError(f"MLflow at {uri} does not answer ({reason_of(error)})") from error
-        say(f"MLflow at {uri} does not answer ({reason_of(error)}): the run goes on, and it is told later")
+            raise TrackingError(silent) from error
+        say(f"{silent}: the run goes on, and it is told later")
         return Tracker(uri, known)
-    say(f"MLflow run: {tracker.run_id} at {tracker.uri}")
+    say(f"MLflow run: {tracker.run_id} at {without_password(tracker.uri)}")
     return tracker
 
 
 def record_start(config: RunConfig, prepared: Prepared, tracker: Tracker) -> Any:
     """Record settings, code and data; gives a monitor of this machine's load, or None where MLflow does not answer."""
     try:
-        tracker.params(flat(to_dict(config)))
+        recorded = to_dict(config)
+        recorded["tracking"]["uri"] = without_password(config.tracking.uri)
+        tracker.params(flat(recorded))
         tracker.tag("commit", code_commit())
         _record_data(config, prepared, tracker)
-        tracker.text(json.dumps(to_dict(config), indent=2), "config.json")
+        tracker.text(json.dumps(recorded, indent=2), "config.json")
         return tracker.system_metrics()
     except STORE_ERRORS as error:
         say(f"MLflow: {reason_of(error)}; the run goes on, and the same command records its settings")
@@ -105,20 +111,36 @@ def rows_that_choose(config: RunConfig) -> int:
 
 
 def measure(config: RunConfig, prepared: Prepared, model: Path) -> list[Quality]:
-    """Quality of a model at each number of steps, shown as it comes."""
+    """Quality of a model at each number of steps, shown as it comes.
+
+    Where the workers have GPUs and this process, on a cluster's head, has none, it is measured on one of theirs.
+    """
+    if not config.scaling.use_gpu or torch.cuda.is_available():
+        return _measured(config, prepared.folder, model, say)
+    needs = {"num_gpus": 1, "num_cpus": config.scaling.cpus_per_worker}
+    say("evaluate: on a node of the workers', once it has a GPU free")
+    with progress_lines() as board:
+        task: Any = ray.remote(**needs)(_measured)
+        return ray.get(task.remote(config, prepared.folder.resolve(), model.resolve(), board))
+
+
+def _measured(config: RunConfig, prepared: Path, model: Path, to: Any) -> list[Quality]:
+    """As `measure`, in this process; `to` takes lines, a function or a `ProgressBoard`."""
+    tell = to if callable(to) else to.add.remote
     how = config.evaluation
-    rows = prepared.validation(how.max_rows, rows_that_choose(config))
-    say(f"evaluate: {len(rows)} validation rows, own length")
+    rows = open_prepared(prepared).validation(how.max_rows, rows_that_choose(config))
+    device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
+    where = f", on {device} of {ray.util.get_node_ip_address()}" if config.scaling.use_gpu else ""
+    tell(f"evaluate: {len(rows)} validation rows, own length{where}")
 
     def show(q: Quality) -> None:
         kinds = "".join(f"  {k} {v:.3f}" for k, v in q.by_kind.items())
         low, high = q.intervals[q.metric]
         oracle = f" [{low:.3f}, {high:.3f}]  (told the length: {q.oracle_value:.4f})"
-        say(
+        tell(
             f"  {q.num_steps} steps: {q.metric} {q.value:.4f}{oracle}{kinds}  ({q.latency_ms_batch_1:.1f} ms a request)"
         )
 
-    device = "cuda" if config.scaling.use_gpu and torch.cuda.is_available() else "cpu"
     return evaluate_model(model, rows, how, device, on_done=show)
 
 
@@ -159,8 +181,8 @@ def register(config: RunConfig, prepared: Prepared, model: Path, quality: list[Q
         version = patiently(lambda: tracker.register(model, name, config.tracking.alias))
     except STORE_ERRORS as error:
         raise TrackingError(
-            f"MLflow at {tracker.uri} does not take the result ({reason_of(error)}): the model is whole in {model}; "
-            "the same command sends its figures and registers it when MLflow answers"
+            f"MLflow at {without_password(tracker.uri)} does not take the result ({reason_of(error)}): the model is "
+            f"whole in {model}; the same command sends its figures and registers it when MLflow answers"
         ) from error
     registered = f"models:/{name}@{config.tracking.alias}"
     say(f"register: {registered} is version {version}")

@@ -21,7 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
-from pipelines.listing import reason_of
+from pipelines.listing import reason_of, without_password
 from pipelines.metrics_buffer import Value
 from yan_core.config import RunConfig
 
@@ -118,8 +118,8 @@ def check_tracking(config: RunConfig) -> None:
             _client(uri).search_experiments(max_results=1)
     except (*STORE_ERRORS, ImportError) as error:  # ImportError: no database driver
         raise TrackingError(
-            f"MLflow at {uri} does not answer ({reason_of(error)}): set --tracking.uri or MLFLOW_TRACKING_URI to a "
-            "server that is up or to sqlite:///some/file.db"
+            f"MLflow at {without_password(uri)} does not answer ({reason_of(error)}): set --tracking.uri or "
+            "MLFLOW_TRACKING_URI to a server that is up or to sqlite:///some/file.db"
         ) from error
 
 

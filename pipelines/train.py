@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,7 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
+from ray.util import placement_group_table
 
 from pipelines.checkpoints import Checkpoints
 from pipelines.listing import DataError, raised_in
@@ -117,6 +119,10 @@ def train_stages(
     Checkpoints(checkpoints).delete()
 
 
+TELL_WAITING_S = 60.0
+"""How often it is told that no node has room for the workers."""
+
+
 def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Result:
     """`trainer.fit()`, beside the main thread: there it would put a SIGINT handler of its own in place that ends the
     process without the clean-up of its callers (and with status 0).
@@ -143,9 +149,34 @@ def fit_interruptibly(trainer: TorchTrainer, board: ActorHandle | None) -> Resul
         return done.result()
     signal.signal(signal.SIGTERM, leave)
     try:
+        while not wait([done], timeout=TELL_WAITING_S).done:
+            worker = cast("Mapping[str, float]", trainer.scaling_config.resources_per_worker)
+            if line := what_is_waited_for(worker):
+                cast(Any, board).add.remote(f"  training    {line}")
         return done.result()
     finally:
         signal.signal(signal.SIGTERM, ended_by)
+
+
+def what_is_waited_for(worker: Mapping[str, float]) -> str:
+    """Workers that no node has room for, and what the nodes have; empty: there are none.
+
+    Ray waits for them without end and without a word, since an autoscaler may bring the nodes.
+
+    Args:
+        worker: What one of them needs.
+    """
+    pending = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+    count = sum(worker.items() <= bundle.items() for group in pending for bundle in group["bundles"].values())
+    if not count:
+        return ""
+    free, all_of_it = ray.available_resources(), ray.cluster_resources()
+    nodes = ", ".join(f"{free.get(name, 0):g} of {all_of_it.get(name, 0):g} {name}" for name in worker)
+    needs = " and ".join(f"{amount:g} {name}" for name, amount in worker.items())
+    return (
+        f"waits for {count} workers of {needs} each; the cluster has {nodes} free. Where no autoscaler brings nodes: "
+        "lower scaling.num_workers or scaling.cpus_per_worker, or set scaling.use_gpu to false"
+    )
 
 
 def reason_of_failures(failures: dict[int, Exception], otherwise: BaseException) -> str:

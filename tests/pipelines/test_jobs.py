@@ -52,7 +52,14 @@ def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
             ],
             "every stage has max_steps=0: nothing to train",
         ),
-        (["--runs_dir", "/runs", "--tracking.uri", "sqlite:///mlflow.db"], "tracking.uri=mlflow.db"),
+        (["--runs_dir", "/runs", "--tracking.uri", "sqlite:///mlflow.db"], "tracking.uri=sqlite:///mlflow.db"),
+        (["--runs_dir", "/runs", "--tracking.uri", "mlfow://u:word@h"], "tracking.uri=mlfow://u:***@h: a job needs"),
+        (["--runs_dir", ""], "runs_dir='': a job needs absolute paths"),
+        (["--runs_dir", "s3://bucket/runs"], "runs_dir=s3://bucket/runs: a job needs absolute paths of folders"),
+        (["--runs_dir", "/runs", "--init_from", "s3://bucket/model"], "init_from=s3://bucket/model"),
+        (["--runs_dir", "/runs", "--tokenizer.path", "gs://bucket/model"], "tokenizer.path=gs://bucket/model"),
+        (["--runs_dir", "/runs", "--scaling.storage", "s4://bucket"], "scaling.storage=s4://bucket: a job needs"),
+        (["--runs_dir", "/runs", "--evaluation.bertscore_model", "http://x"], "evaluation.bertscore_model=http://x"),
         (["--runs_dir", "/runs", "--evaluation.perplexity_model", "gpt2"], "evaluation.perplexity_model=gpt2"),
     ],
 )
@@ -66,6 +73,14 @@ def test_upload_that_is_too_large_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match=r"would upload [\d.]+ MB, more than 0.01; the largest files are \w+/"):
         with jobs.packed(RunConfig(), 10_000):
             pass
+
+
+@pytest.mark.parametrize("storage", ["", "/shared/checkpoints", "s3://bucket/a", "gs://bucket/a", "file:///shared/a"])
+@pytest.mark.parametrize("uri", ["", "sqlite:////runs/mlflow.db", "https://m.example.com", "postgresql+psycopg2://h/m"])
+def test_places_that_all_nodes_reach_are_let_through(storage: str, uri: str):
+    jobs.check_job(
+        from_dict(RunConfig, {"runs_dir": "/runs", "scaling": {"storage": storage}, "tracking": {"uri": uri}})
+    )
 
 
 def test_data_set_of_relative_files_is_refused():

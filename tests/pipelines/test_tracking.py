@@ -5,13 +5,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import pytest
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
+from pipelines import publish
 from pipelines.metrics_buffer import UNSENT, MetricsBuffer
-from pipelines.publish import begin_tracking, end_tracking, send_unsent
+from pipelines.publish import begin_tracking, end_tracking, record_start, send_unsent
 from pipelines.tracking import Tracker, TrackingError, mlflow_at, patiently
 from yan_core.config import RunConfig, TrackingConfig
 
@@ -179,6 +182,33 @@ def test_a_run_that_mlflow_knows_goes_on_without_it_and_a_new_one_is_refused(tmp
     assert f"MLflow at {AWAY} does not answer" in shown and "there the run is not marked FINISHED" in shown
     with pytest.raises(TrackingError, match=f"MLflow at {AWAY} does not answer"):
         begin_tracking(config, None)
+
+
+def test_a_password_of_the_store_is_not_shown(tmp_path, monkeypatch, capsys):
+    """Neither as we name the store, nor in the reason that MLflow's client gives."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = AWAY.replace("//", "//mlflow:{}@")
+    config = RunConfig(runs_dir=str(tmp_path), tracking=TrackingConfig(uri=uri.format("s3cret")))
+    with pytest.raises(TrackingError) as told:
+        begin_tracking(config, None)
+    begin_tracking(config, "abc")
+    shown = capsys.readouterr().out
+    for text in (str(told.value), shown):
+        assert text.count(uri.format("***")) == 2 and "s3cret" not in text
+
+
+def test_what_is_recorded_of_a_run_has_no_password(tmp_path, monkeypatch):
+    recorded: dict[str, Any] = {}
+    config = RunConfig(runs_dir=str(tmp_path), tracking=TrackingConfig(uri="postgresql://m:s3cret@h/m"))
+    monkeypatch.setattr(publish, "_record_data", lambda *_: None)
+    tracker = SimpleNamespace(
+        params=lambda values: recorded.update(values),
+        tag=lambda *_: None,
+        text=lambda text, _: recorded.update(text=text),
+        system_metrics=lambda: None,
+    )
+    record_start(config, cast(Any, None), cast(Any, tracker))
+    assert recorded["tracking.uri"] == "postgresql://m:***@h/m" and "s3cret" not in str(recorded)
 
 
 def test_what_an_earlier_training_could_not_send_is_sent_though_none_follows(tmp_path):
