@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import yaml
 
 from tests.clusters.checks import ROOT
@@ -164,6 +165,12 @@ def test_nodes_come_for_a_training_and_go_after_it(fake: Fake, tiny_settings: di
     print(f"trained in {trained_s:.0f} s on nodes that were not there, which went {gone_s:.0f} s after it")
 
 
+def replicas_of(application: dict[str, Any]) -> int:
+    """Replicas that run."""
+    all_of_them = (r for d in application.get("deployments", {}).values() for r in d["replicas"])
+    return sum(replica["state"] == "RUNNING" for replica in all_of_them)
+
+
 def test_nodes_come_for_replicas_and_go_after_them(fake: Fake, tmp_path: Path):
     folder = save_tiny(tmp_path / "tiny" / "model")
     config = yaml.safe_load((ROOT / "clusters/serve/cpu.yaml").read_text())
@@ -182,10 +189,7 @@ def test_nodes_come_for_replicas_and_go_after_them(fake: Fake, tmp_path: Path):
 
         def there() -> bool:
             found = fake.application()
-            running = [
-                r for d in found.get("deployments", {}).values() for r in d["replicas"] if r["state"] == "RUNNING"
-            ]
-            return found.get("status") == "RUNNING" and len(running) == replicas and fake.workers() == replicas
+            return found.get("status") == "RUNNING" and replicas_of(found) == replicas == fake.workers()
 
         wait_until(there, 240, fake.application)
         return time.monotonic() - began
@@ -200,3 +204,51 @@ def test_nodes_come_for_replicas_and_go_after_them(fake: Fake, tmp_path: Path):
         f"1 replica and its node in {to_one:.0f} s, 3 in {to_three:.0f} s, 1 again in {back:.0f} s, "
         f"none {time.monotonic() - began:.0f} s after the end"
     )
+
+
+def test_requests_bring_replicas_and_these_bring_nodes(fake: Fake, tmp_path: Path):
+    """clusters/serve/gpu.yaml on nodes without GPUs, with shorter delays, and with fewer requests a replica."""
+    config = yaml.safe_load((ROOT / "clusters/serve/gpu.yaml").read_text())
+    port = free_port()
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    config["proxy_location"] = "HeadOnly"
+    (application,) = config["applications"]
+    folder = save_tiny(tmp_path / "tiny" / "model")
+    application["args"] |= {"model": str(folder), "use_gpu": False, "cpus_per_replica": 1}
+    scaling = application["deployments"][0]["autoscaling_config"]
+    scaling |= {"max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 1, "downscale_delay_s": 5}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    fake.shell(f"serve deploy {file} --address {fake.address}")
+
+    def have(count: int) -> bool:
+        found = fake.application()
+        return found.get("status") == "RUNNING" and replicas_of(found) == count == fake.workers()
+
+    try:
+        wait_until(lambda: have(1), 240, fake.application)
+        ended, answers = threading.Event(), list[int]()
+
+        def ask() -> None:
+            while not ended.is_set():
+                body = {"source": "Where is Mary?", "num_steps": 64}
+                answers.append(requests.post(f"http://127.0.0.1:{port}/v1/generate", json=body, timeout=60).status_code)
+
+        began = time.monotonic()
+        callers = [threading.Thread(target=ask) for _ in range(12)]
+        for caller in callers:
+            caller.start()
+        try:
+            wait_until(lambda: have(3), 240, fake.application)
+        finally:
+            ended.set()
+            for caller in callers:
+                caller.join()
+        up_s, began = time.monotonic() - began, time.monotonic()
+        assert set(answers) == {200}
+        wait_until(lambda: have(1), 240, fake.application)
+        down_s = time.monotonic() - began
+    finally:
+        fake.shell(f"serve shutdown --yes --address {fake.address}")
+    wait_until(lambda: fake.workers() == 0, 120, lambda: fake.seen[-5:])
+    print(f"12 callers: 3 replicas on 3 nodes after {up_s:.0f} s; 1 of each {down_s:.0f} s after the last request")
