@@ -6,6 +6,8 @@ import csv
 import glob
 import os
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from yan_core.config import DataConfig, DatasetConfig
+from yan_core.files import sha256_file
 
 
 class DataError(ValueError):
@@ -54,6 +57,33 @@ def locate(data: DataConfig, where: str) -> str:
     if "://" in data.root:
         return f"{data.root.rstrip('/')}/{where}"
     return os.path.join(data.root, where)
+
+
+HASHED_BYTES = 2_000_000_000
+"""Local files of as much in all are known by what is in them."""
+
+
+def identities(paths: Sequence[str]) -> dict[str, list[int | str]]:
+    """What tells whether local files are still the same.
+
+    Size and SHA-256, so that files which were copied, fetched again or touched are; of more than HASHED_BYTES in all,
+    size and time, since to read them through would take minutes.
+
+    Raises:
+        OSError: If one cannot be read.
+    """
+    found = {path: os.stat(path) for path in paths}
+    hashed = sum(info.st_size for info in found.values()) <= HASHED_BYTES
+    return {
+        path: [info.st_size, _sha256(path, info.st_size, info.st_mtime_ns) if hashed else info.st_mtime_ns]
+        for path, info in found.items()
+    }
+
+
+@lru_cache(maxsize=65_536)
+def _sha256(path: str, size: int, modified_ns: int) -> str:
+    """Of a file as it was then: a run asks several times."""
+    return sha256_file(Path(path))
 
 
 def open_store(path: str) -> tuple[fs.FileSystem, str]:

@@ -21,7 +21,7 @@ from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, check_models
 from pipelines.folders import difference, read_inputs, run_lock
-from pipelines.listing import files_of, locate
+from pipelines.listing import files_of, identities, locate
 from pipelines.prepare import Prepared, corpora_of, given_tokenizer, open_prepared, prepare
 from pipelines.progress import say
 from pipelines.publish import (
@@ -69,7 +69,7 @@ class RunResult:
 
 
 def data_inputs(config: RunConfig) -> dict[str, Any]:
-    """What prepared data depend on: settings, and size and time of local files.
+    """What prepared data depend on: settings, and local files as `identities` knows them.
 
     Files in the cloud, data sets on a hub and later versions of this code are taken to be unchanged.
 
@@ -78,18 +78,15 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
     """
     data = config.data
     get_task(data.task)
-    files = {}
+    files = list[str]()
     names = [data.dataset, *corpora_of(data)]
     for name in names:
         dataset = find_dataset(data, name)
         if dataset.format == "huggingface" and os.path.isdir(folder := locate(data, dataset.path)):
-            for path in sorted(glob.glob(os.path.join(folder, "**", "*"), recursive=True)):
-                files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+            files += filter(os.path.isfile, glob.glob(os.path.join(folder, "**", "*"), recursive=True))
         if dataset.format in ("parquet", "jsonl", "csv", "text"):
             for where in (dataset.train, dataset.validation):
-                for path in files_of(data, dataset, where) if where else []:
-                    if "://" not in path:
-                        files[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+                files += [path for path in (files_of(data, dataset, where) if where else []) if "://" not in path]
     settings = {k: v for k, v in to_dict(data).items() if k not in ("datasets", "pool_batches", "lanes")}
     used = {name: to_dict(find_dataset(data, name)) for name in names}
     simulated = any(dataset["format"].startswith("world") for dataset in used.values())
@@ -97,7 +94,7 @@ def data_inputs(config: RunConfig) -> dict[str, Any]:
     return {
         "data": settings,
         "datasets": used,
-        "files": files,
+        "files": identities(sorted(files)),
         "tokenizer": {key: value for key, value in to_dict(config.tokenizer).items() if key != "path"},
         "seed": config.seed,
         "world": built_in,
