@@ -348,23 +348,28 @@ def over_seeds(report: Report) -> str:
     lines = [
         f"Trained with several seeds, at {MAIN_STEPS} steps; weights, order and noise of the training follow from the "
         "seed, and of the built-in world the rows. How far apart seeds are tells more of chance than an interval over "
-        "rows. In brackets what a baseline's answers reach that are drawn, as YAN's are, and not the likeliest:",
+        "rows; less YAN is of each seed that both have. In brackets what a baseline's answers reach that are drawn, as "
+        "YAN's are, and not the likeliest, and the share of a row's draws that are different:",
         "",
-        f"| model | {' | '.join(f'seed {seed}' for seed in seeds)} | mean of {', '.join(seeds[i] for i in shared)} |",
-        f"|---|{'---:|' * len(every)}---:|",
+        f"| model | {' | '.join(f'seed {seed}' for seed in seeds)} | mean of {', '.join(seeds[i] for i in shared)} "
+        "| less YAN |",
+        f"|---|{'---:|' * len(every)}---:|---:|",
     ]
     for name, values in found.items():
         mean = statistics.mean(quality["value"] for i in shared if (quality := values[i]) is not None)
         cells = " | ".join(map(_of_seed, values))
-        lines.append(f"| {report['contestants'][name]['label']} | {cells} | {100 * mean:.1f} |")
+        pairs = [(a["value"], b["value"]) for a, b in zip(values, found.get("yan", ()), strict=False) if a and b]
+        less = ", ".join(f"{100 * (value - ours):+.1f}" for value, ours in pairs) if name != "yan" else ""
+        lines.append(f"| {report['contestants'][name]['label']} | {cells} | {100 * mean:.1f} | {less} |")
     return "\n".join(lines) + "\n"
 
 
 def _of_seed(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
         return ""
-    drawn = quality["metrics"].get(f"{quality['metric']}_drawn")
-    return f"{100 * quality['value']:.1f}" + ("" if drawn is None else f" ({100 * drawn:.1f})")
+    drawn = {f"{quality['metric']}_drawn": "{:.1f}", "distinct_answers": "{:.0f} %"}
+    told = [form.format(100 * v) for name, form in drawn.items() if (v := quality["metrics"].get(name)) is not None]
+    return f"{100 * quality['value']:.1f}" + (f" ({', '.join(told)})" if told else "")
 
 
 def shown(report: Report) -> set[str]:

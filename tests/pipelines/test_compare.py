@@ -231,15 +231,15 @@ def test_reports_of_other_seeds_go_into_a_table_of_the_first_one():
 
     first, alone = report("world", 0, yan=0.5, k1=0.25, k2=1.0), report("events", 0, yan=0.5)
     others = [report("world_seed2", 2, yan=0.125), report("world_seed1", 1, k1=0.75, yan=1.0)]
-    others[1]["contestants"]["k1"] = changed("K1", "ar", {1: [0.75]}, exact_match_drawn=0.5)
+    others[1]["contestants"]["k1"] = changed("K1", "ar", {1: [0.75]}, exact_match_drawn=0.5, distinct_answers=0.25)
     gathered, other = with_other_seeds([first, *others, alone])
     assert (gathered["name"], other["name"]) == ("world", "events") and over_seeds(other) == ""
     lines = over_seeds(gathered).splitlines()
     assert lines[2:] == [
-        "| model | seed 0 | seed 1 | seed 2 | mean of 0, 1 |",
-        "|---|---:|---:|---:|---:|",
-        "| YAN | 50.0 | 100.0 | 12.5 | 75.0 |",
-        "| K1 | 25.0 | 75.0 (50.0) |  | 50.0 |",
+        "| model | seed 0 | seed 1 | seed 2 | mean of 0, 1 | less YAN |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| YAN | 50.0 | 100.0 | 12.5 | 75.0 |  |",
+        "| K1 | 25.0 | 75.0 (50.0, 25 %) |  | 50.0 | -25.0, -25.0 |",
     ]
     with pytest.raises(ValueError, match=r"world_seed1 stands for another seed of world: .*max_steps: 9 -> 8"):
         with_other_seeds([first, report("world_seed1", 1, steps=8, yan=1.0)])
