@@ -1,10 +1,11 @@
 """The bounded queue before the model, and the batches made of it.
 
 There is no wait for company: a batch is whatever waits when the model is free, so a lone request starts at once, and
-under load batches grow by themselves. Lengths come in buckets, so that shapes are few (CUDA graphs want that). A batch
-is of the oldest job's bucket first; what room is left, jobs of other buckets take while at most half of the batch is
-padding, since a pass over some more places costs less than a pass of its own. A budget of tokens makes batches of long
-texts small.
+under load batches grow by themselves. One that could not grow any more is made before the model is free, so that it
+goes on without asking. Lengths come in buckets, so that shapes are few (CUDA graphs want that). A batch is of the
+oldest job's bucket first; what room is left, jobs of other buckets take while at most half of the batch is padding,
+since a pass over some more places costs less than a pass of its own. A budget of tokens makes batches of long texts
+small.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Batcher:
         self._draw, self._executor, self._observe = draw, executor, observe
         self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
         self._waiting: dict[_Waiting, None] = {}  # in order of arrival, and any one is taken out at once
-        self._running: list[_Waiting] = []
+        self._drawing: list[list[_Waiting]] = []  # the batch that is drawn, and a full one that comes next
         self._kinds: Counter[Kind] = Counter()  # of those that wait
         self._started = 0.0
         self._seconds_per_pass = 0.0
@@ -85,12 +86,12 @@ class Batcher:
     @property
     def queued(self) -> int:
         """Jobs that wait."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(not entry.done.done() for batch in self._drawing[1:] for entry in batch)
 
     @property
     def busy(self) -> bool:
         """Whether there is work."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._drawing)
 
     @property
     def expected_wait_s(self) -> float:
@@ -103,11 +104,9 @@ class Batcher:
             before, longest = totals.get(kind.settings, (0, kind))
             totals[kind.settings] = before + count, max(kind, longest, key=lambda kind: kind.bucket)
         passes = sum(-(-count // self._capacity(longest)) * longest.nfe for count, longest in totals.values())
-        wait_s = passes * self._seconds_per_pass
-        if self._running:
-            whole_s = self._running[0].job.kind.nfe * self._seconds_per_pass
-            wait_s += max(0.0, whole_s - (time.perf_counter() - self._started))
-        return wait_s
+        passes_drawn = [batch[0].job.kind.nfe for batch in self._drawing] or [0]
+        left_s = passes_drawn[0] * self._seconds_per_pass - (time.perf_counter() - self._started)
+        return (passes + sum(passes_drawn[1:])) * self._seconds_per_pass + max(0.0, left_s)
 
     def _capacity(self, kind: Kind) -> int:
         """Most jobs of a batch."""
@@ -117,14 +116,14 @@ class Batcher:
 
     def _queue_is_full(self, wait_s: float) -> Overloaded:
         return Overloaded(
-            f"the queue is full: {len(self._waiting)} of at most {self.max_queued} requests wait; come again later",
+            f"the queue is full: {self.queued} of at most {self.max_queued} requests wait; come again later",
             code="queue_full",
             retry_after_s=max(1, math.ceil(wait_s)),
         )
 
     def refusal(self) -> Overloaded | None:
         """What a job would be told now that has no room; None: there is some."""
-        full = len(self._waiting) >= max(1, self.max_queued)
+        full = self.queued >= max(1, self.max_queued)
         return self._queue_is_full(self.expected_wait_s) if full else None
 
     def submit(self, jobs: Sequence[Job], timeout_s: float) -> Ticket:
@@ -138,9 +137,10 @@ class Batcher:
             Overloaded: If the queue is full, or too long to be done in time.
         """
         wait_s = self.expected_wait_s
-        if self._waiting and len(self._waiting) + len(jobs) > self.max_queued:
+        queued = self.queued
+        if queued and queued + len(jobs) > self.max_queued:
             raise self._queue_is_full(wait_s)
-        if self._waiting and wait_s > timeout_s:
+        if queued and wait_s > timeout_s:
             raise Overloaded(
                 f"the queue takes about {wait_s:.1f} s, longer than this request can wait; come again later",
                 code="queue_full",
@@ -154,17 +154,22 @@ class Batcher:
         return Ticket(self, entries, loop.time() + timeout_s)
 
     def _start(self) -> None:
-        """Draw the next batch, if there is one and the model is free."""
-        if self._running or not self._waiting:
-            return
-        batch = self._running = self._next()
-        jobs = [entry.job for entry in batch]
-        self._started = begun = time.perf_counter()
-        future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, jobs)
-        future.add_done_callback(lambda future: self._finish(batch, begun, future))
+        """Draw the next batch, if there is one and the model is free, or will be and the batch is full."""
+        while self._waiting and len(self._drawing) < 2:
+            batch, most = self._next()
+            if self._drawing and len(batch) < most:
+                return
+            for entry in batch:
+                self._take_out(entry)
+            if not self._drawing:
+                self._started = time.perf_counter()
+            self._drawing.append(batch)
+            jobs = [entry.job for entry in batch]
+            future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, jobs)
+            future.add_done_callback(lambda future, batch=batch: self._finish(batch, future))
 
-    def _next(self) -> list[_Waiting]:
-        """The oldest job, those of its kind, and then those of the kinds next to it that fit."""
+    def _next(self) -> tuple[list[_Waiting], int]:
+        """The oldest job, those of its kind, and then those of the kinds next to it that fit; and how many could."""
         longest = next(iter(self._waiting)).job.kind
         near = math.log2(longest.bucket)
         alike = [entry for entry in self._waiting if entry.job.kind.settings == longest.settings]
@@ -178,9 +183,7 @@ class Batcher:
                 continue
             batch.append(entry)
             longest, real = most, tokens
-        for entry in batch:
-            self._take_out(entry)
-        return batch
+        return batch, self._capacity(longest)
 
     def _take_out(self, entry: _Waiting) -> None:
         if entry in self._waiting:
@@ -189,16 +192,17 @@ class Batcher:
             if not self._kinds[entry.job.kind]:
                 del self._kinds[entry.job.kind]
 
-    def _timed(self, jobs: Sequence[Job]) -> tuple[list[Drawn | Exception], float]:
+    def _timed(self, jobs: Sequence[Job]) -> tuple[list[Drawn | Exception], float, float]:
         begun = time.perf_counter()
-        return self._draw(jobs), time.perf_counter() - begun
+        return self._draw(jobs), begun, time.perf_counter() - begun
 
     def _finish(
-        self, batch: list[_Waiting], begun: float, future: asyncio.Future[tuple[list[Drawn | Exception], float]]
+        self, batch: list[_Waiting], future: asyncio.Future[tuple[list[Drawn | Exception], float, float]]
     ) -> None:
-        self._running = []
+        self._drawing.remove(batch)
+        self._started = time.perf_counter()
         self._start()  # first, as the model waits and the answers do not
-        answers, draw_s = future.result()
+        answers, begun, draw_s = future.result()
         if any(isinstance(answer, Drawn) for answer in answers):  # else it ended early
             self._learn(draw_s / batch[0].job.kind.nfe)
         self._observe([entry.job for entry in batch], draw_s)

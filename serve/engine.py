@@ -230,6 +230,8 @@ class Engine:
 
     def _draw(self, jobs: Sequence[Job]) -> list[Drawn | Exception]:
         settings = jobs[0].settings
+        if all(job.cancelled for job in jobs):  # given up behind the batch before
+            return [Cancelled()] * len(jobs)
 
         def step_done(chosen: list[int], step: int, read: Callable[[], list[list[Candidate]]]) -> None:
             if all(job.cancelled for job in jobs):

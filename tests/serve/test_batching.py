@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,6 +85,44 @@ def test_a_lone_job_is_drawn_at_once_and_what_comes_meanwhile_goes_together(samp
 
     asyncio.run(run())
     assert sizes(sampler) == [1, 4, 2]
+
+
+def test_a_full_batch_is_drawn_right_behind_the_one_before_it_and_another_one_may_grow_until_then(sampler):
+    async def run():
+        queue = batcher(sampler)
+        for count, drawn in ((4, 2), (3, 1)):  # a batch has room for four
+            before = len(sampler.batches)
+            first = await busy(queue, sampler)
+            tickets = [queue.submit([job(seed=i)], 10) for i in range(count)]
+            await asyncio.sleep(0.01)
+            assert queue.queued == count
+            sampler.free.set()
+            time.sleep(0.2)  # HTTP is at work, so that nobody could hand over a batch
+            assert len(sampler.batches) - before == drawn
+            for ticket in (first, *tickets):
+                await ticket.results()
+            assert queue.queued == 0 and not queue.busy
+
+    asyncio.run(run())
+
+
+def test_jobs_given_up_behind_another_batch_free_their_places(sampler):
+    async def run():
+        queue = batcher(sampler, max_queued=4)
+        first = await busy(queue, sampler)
+        tickets = [queue.submit([job(seed=i)], 10) for i in range(4)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded, match="4 of at most 4 requests wait"):
+            queue.submit([job()], 10)
+        for ticket in tickets:
+            ticket.close()
+        assert queue.queued == 0
+        last = queue.submit([job(seed=9)], 10)
+        sampler.free.set()
+        assert seeds(await first.results()) == [0] and seeds(await last.results()) == [9]
+        assert all(one.cancelled for one in sampler.batches[1])
+
+    asyncio.run(run())
 
 
 def test_jobs_of_one_turn_of_the_loop_go_together(sampler):
