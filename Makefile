@@ -34,7 +34,7 @@ coverage: $(VENV)/.installed-dev
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -rs --no-skips -p no:cacheprovider -m "cluster and not soak" tests/clusters tests/pipelines $(PYTEST_ARGS)
 
-# Three machines of this one for `ray up`: see docs/OPERATIONS.md.
+# Three machines of this one for `ray up`: see docs/OPERATIONS.md. What they share outlives `machines`, and ends with `machines-down`.
 machines: $(VENV)/.installed
 	$(BIN)/python -m tests.clusters.machines up
 

@@ -62,15 +62,36 @@ PACKAGES = ("yan_core", "pipelines", "serve")
 """Folders of the code, side by side."""
 
 
+COMMIT_FILE = ".commit"
+"""Beside the packages, in a copy of the code without its history: commit and fingerprint of what was copied."""
+
+
+def write_commit(root: Path = Path(__file__).parents[1]) -> None:
+    """Leave word of commit and fingerprint for those who copy the code without its history."""
+    write_file(root / COMMIT_FILE, f"{code_commit()} {code_fingerprint()}\n")
+
+
+def _copied_commit() -> str:
+    try:
+        commit, fingerprint = (Path(__file__).parents[1] / COMMIT_FILE).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return "unknown"
+    changed = fingerprint != code_fingerprint() and commit != "unknown" and not commit.endswith("-dirty")
+    return f"{commit}-dirty" if changed else commit
+
+
 @lru_cache(maxsize=1)
 def code_commit() -> str:
-    """Commit of the code that runs, with `-dirty` where files differ from it; `unknown` outside a checkout."""
+    """Commit of the code that runs, with `-dirty` where files differ from it.
+
+    Outside a checkout it is that of the variable YAN_COMMIT, or else of the file `.commit`; `unknown` without either.
+    """
     here = Path(__file__).parent
     try:
         ask = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         found = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("YAN_COMMIT", "unknown")
+        return os.environ.get("YAN_COMMIT") or _copied_commit()
     return found.stdout.strip()
 
 

@@ -1,7 +1,8 @@
 """Machines of one machine: three, each with network, processes, files and an SSH server of its own, for `ray up`.
 
-`python -m tests.clusters.machines up` (Linux, as root) leaves them running and says what is next; `down` ends them.
-They share this kernel, Python and installed packages, and the folder ~/yan/runs, as by NFS.
+`python -m tests.clusters.machines up` (Linux, as root) leaves them running and says what is next; `down` ends them and
+deletes their files. They share this kernel, Python and installed packages, and the folder ~/yan/runs, as by NFS: `up`
+keeps what is in it. A folder behind the word takes the place of runs/machines.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ import venv
 from pathlib import Path
 
 import yaml
+
+from yan_core.files import write_commit
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"
@@ -46,6 +49,15 @@ PermitRootLogin prohibit-password
 PasswordAuthentication no
 Subsystem sftp internal-sftp
 """
+PROGRAMS = {
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "rsync": "rsync",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+}
+"""What is called, and Debian's package of it."""
 # The requirements are there already, and no network leads to more; Ray notices soon that a node is gone.
 ENVIRONMENT = """export PIP_NO_INDEX=1 PIP_NO_BUILD_ISOLATION=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 export RAY_USAGE_STATS_ENABLED=0
@@ -58,9 +70,9 @@ def missing() -> str:
     """Why machines cannot be made here; empty: they can."""
     if os.getuid() != 0:
         return "network namespaces want root"
-    for program in ("sshd", "rsync", "ssh", "ip", "unshare", "nsenter"):
+    for program, package in PROGRAMS.items():
         if not shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-            return f"{program} is not installed: apt-get install openssh-server rsync iproute2 util-linux"
+            return f"{program} is not installed: apt-get install {package}"
     if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
         return "the kernel allows no network namespaces here"
     return ""
@@ -68,6 +80,14 @@ def missing() -> str:
 
 def call(*command: str, check: bool = True) -> None:
     subprocess.run(command, check=check, capture_output=not check)
+
+
+def _ended(pid: str) -> bool:
+    """Whether a process, and every other one of its namespace if it is the first of one, is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 class Machines:
@@ -82,9 +102,14 @@ class Machines:
     # --- on and off ---------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Start them; what an earlier call left is ended first."""
-        self.down()
-        self.shared.mkdir(parents=True)
+        """Start them; what an earlier call left is ended first, and what its machines shared stays."""
+        self._end()
+        for left in self.folder.glob("*"):
+            if left.is_dir() and left != self.shared:
+                shutil.rmtree(left)
+            elif left != self.shared:
+                left.unlink()
+        self.shared.mkdir(parents=True, exist_ok=True)
         self._write_secrets()
         call("ip", "link", "add", BRIDGE, "type", "bridge")
         call("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
@@ -92,22 +117,32 @@ class Machines:
         pids = {name: self._start(name) for name in NAMES}
         (self.folder / "pids.json").write_text(json.dumps(pids))
         self._write_configs()
+        write_commit()  # `ray up` copies the code without its history
 
     def down(self) -> None:
-        """End them with every process in them."""
+        """End them with every process in them, and delete all their files: those that they share too."""
+        self._end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self) -> None:
         pids = self.folder / "pids.json"
+        ending = []
         for pid in json.loads(pids.read_text()).values() if pids.is_file() else []:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             except OSError:
                 continue
             if b"unshare" in command:  # its children end with it
                 os.kill(pid, signal.SIGKILL)
+                ending += children
+        deadline = time.monotonic() + 30
+        while not all(map(_ended, ending)) and time.monotonic() < deadline:  # or they write into what is deleted
+            time.sleep(0.1)
         for i, name in enumerate(NAMES):
             call("ip", "link", "delete", f"yan-{i}", check=False)
             call("ip", "netns", "delete", f"yan-{name}", check=False)
         call("ip", "link", "delete", BRIDGE, check=False)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, name: str) -> int:
         i, space = NAMES.index(name), f"yan-{name}"
@@ -196,6 +231,8 @@ class Machines:
         config["provider"]["head_ip"], *config["provider"]["worker_ips"] = ADDRESSES.values()
         config["auth"] = {"ssh_user": pwd.getpwuid(os.getuid()).pw_name, "ssh_private_key": str(self.key)}
         self.file.write_text(yaml.safe_dump(config, sort_keys=False))
+        if self.serve_file.is_file():  # kept as all that is shared: somebody may have changed it
+            return
         served = yaml.safe_load((ROOT / "clusters/serve/cpu.yaml").read_text())
         served["applications"][0]["args"]["model"] = f"{self.root}/yan/runs/world/model"
         self.serve_file.write_text(yaml.safe_dump(served, sort_keys=False))
@@ -245,11 +282,15 @@ class Machines:
 
 def main() -> None:
     """`up` or `down`."""
-    machines = Machines(ROOT / "runs/machines", Path.home())
+    word, *places = sys.argv[1:] or [""]
+    if word not in ("up", "down"):
+        sys.exit("machines: up or down")
+    machines = Machines(Path(places[0]) if places else ROOT / "runs/machines", Path.home())
     if reason := missing():
         sys.exit(f"machines: {reason}")
-    if sys.argv[1:] == ["down"]:
+    if word == "down":
         machines.down()
+        print(f"{machines.folder} is deleted, with the runs, models and MLflow that the machines shared")
         return
     machines.up()
     print(f"{', '.join(f'{name} {address}' for name, address in ADDRESSES.items())}: ray up --yes {machines.file}")

@@ -255,6 +255,18 @@ def test_the_service_knows_who_may_ask():
     assert pods and all(held in pod["volumes"] for pod in pods)
 
 
+def test_only_a_pod_that_asks_for_a_gpu_may_go_to_nodes_that_have_one():
+    """Pods without would fill the dearest nodes, and no GPU worker could start there."""
+    with_gpu = 0
+    for where, pod in PODS:
+        asks = any("nvidia.com/gpu" in c["resources"]["requests"] for c in pod["spec"]["containers"])
+        taints = [toleration.get("key") for toleration in pod["spec"].get("tolerations", [])]
+        assert None not in taints, f"{where} tolerates every taint"
+        assert ("nvidia.com/gpu" in taints) == asks, where
+        with_gpu += asks
+    assert with_gpu == len(RAY)
+
+
 def test_no_two_ray_objects_have_one_name():
     """The Services of their heads are called by it, and lead to the one that was made last."""
     names = [document["metadata"]["name"] for kind in RAY for document in find(kind)]

@@ -99,8 +99,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     tunnel = None
     try:
         commands = five_commands()
-        assert commands[0].split("#")[0].strip() == "make machines"
-        launched.machines.up()  # what it runs, in a folder of the test's
+        assert commands[0] == "make machines && . .venv/bin/activate"
+        recipe = r"^machines: .*\n\t\$\(BIN\)/(python -m .+)$"
+        (up,) = re.findall(recipe, (ROOT / "Makefile").read_text(), flags=re.M)
+        launched.shell(f"{up} {launched.machines.folder}")  # in a folder of the test's
         launched.shell(commands[1].replace("runs/machines", str(launched.machines.folder)))
         port = free_port()
         launched.address = f"http://127.0.0.1:{port}"

@@ -198,6 +198,15 @@ def test_google_clouds_workers_have_an_account_of_their_own():
         assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
 
 
+def test_amazons_workers_have_a_profile_of_their_own():
+    """The head's may run and terminate instances, and a job's code could do so from every node."""
+    types = nodes("aws")
+    profiles = {kind: node["node_config"]["IamInstanceProfile"]["Name"] for kind, node in types.items()}
+    head = profiles.pop(load("aws")["head_node_type"])
+    assert head not in profiles.values()
+    assert set(profiles.values()) == {"worker-REPLACE-ME"}
+
+
 def test_google_cloud_waits_for_the_driver_where_there_is_a_gpu(tmp_path: Path):
     """It is installed at the first boot, while the launcher is on its way."""
     (line,) = (line for line in load("gcp")["initialization_commands"] if "nvidia-smi" in line)

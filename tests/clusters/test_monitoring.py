@@ -74,6 +74,8 @@ REQUESTS = 'ray_serve_num_http_requests_total{application="yan"}'
 ERRORS = 'ray_serve_num_http_error_requests_total{application="yan", error_code="%s"}'
 SLOW = 'ray_serve_deployment_processing_latency_ms_bucket{application="yan", le="%s"}'
 QUEUE = 'ray_yan_queue_size{application="yan", replica="%s"}'
+GPU = 'ray_node_gpus_utilization{instance="%s", GpuIndex="%s"}'
+PENDING = 'autoscaler_pending_nodes{instance="head:44217", NodeType="%s"}'
 
 
 def takes(under_a_second: int) -> dict[str, str]:
@@ -100,10 +102,20 @@ CASES = [
     ("NodeOutOfMemory", {"ray_node_mem_used": "95x100", "ray_node_mem_total": "100x100"}, False),
     ("DiskFull", {"ray_node_disk_free": "9x100", "ray_node_disk_usage": "91x100"}, True),
     ("DiskFull", {"ray_node_disk_free": "11x100", "ray_node_disk_usage": "89x100"}, False),
-    ("GpuIdle", {"ray_node_gpus_utilization": "4x100", "ray_node_gpus_available": "1x100"}, True),
-    ("GpuIdle", {"ray_node_gpus_utilization": "50x40 4x60", "ray_node_gpus_available": "1x100"}, False),
-    ("GpuIdle", {"ray_node_gpus_utilization": "6x100", "ray_node_gpus_available": "1x100"}, False),
+    ("GpuIdle", {GPU % ("n1", 0): "4x100"}, True),
+    ("GpuIdle", {GPU % ("n1", 0): "50x40 4x60"}, False),
+    ("GpuIdle", {GPU % ("n1", 0): "50x25 4x70"}, True),
+    ("GpuIdle", {GPU % ("n1", 0): "5x100"}, False),
+    ("GpuIdle", {GPU % ("n1", 0): "4x100", **{GPU % (f"n{i}", 0): "90x100" for i in range(2, 9)}}, True),
+    ("GpuIdle", {GPU % ("n1", 0): "4x100", GPU % ("n1", 1): "4x100", GPU % ("n2", 0): "5x100"}, True),
+    ("GpuIdle", {GPU % ("n1", 0): "4x100", GPU % ("n1", 1): "90x100"}, False),  # such a node cannot be given back
     ("GpuIdle", {}, False),  # a cluster of CPUs
+    ("NodesDoNotCome", {PENDING % "gpu": "0x59 1x41", PENDING % "cpu": "0x100"}, True),
+    ("NodesDoNotCome", {PENDING % "gpu": "0x61 1x39"}, False),  # for less than half an hour
+    ("NodesDoNotCome", {PENDING % "gpu": "1x75 0x1 1x24"}, False),  # they came, and others are waited for
+    ("NodesDoNotCome", {PENDING % "gpu": "1x40 0x60"}, False),
+    ("NodesDoNotCome", {PENDING % "gpu": "0x100"}, False),
+    ("NodesDoNotCome", {}, False),  # a head without autoscaler
 ]
 """Alert, what is measured, and whether it fires."""
 
@@ -115,13 +127,16 @@ def test_alerts_fire_when_they_should_and_not_before(alert: str, series: dict[st
     if tool is None:
         pytest.skip("promtool is not installed: apt-get install prometheus")
     (rule,) = (rule for rule in RULES if rule["alert"] == alert)
-    of_node = {"instance": "n1"} if "$labels.instance" in rule["annotations"]["summary"] else {}
+    named = {"instance": "n1", "NodeType": "gpu"}
+    labels = {name: value for name, value in named.items() if f"$labels.{name}" in rule["annotations"]["summary"]}
     values = [
-        {"series": f'{name}{{instance="n1"}}' if of_node else name, "values": numbers}
+        {"series": name if "{" in name else f'{name}{{instance="n1"}}', "values": numbers}
         for name, numbers in series.items()
     ]
-    summary = rule["annotations"]["summary"].replace("{{ $labels.instance }}", "n1")
-    expected = {"exp_labels": rule["labels"] | of_node, "exp_annotations": {"summary": summary}}
+    summary = rule["annotations"]["summary"]
+    for name, value in labels.items():
+        summary = summary.replace(f"{{{{ $labels.{name} }}}}", value)
+    expected = {"exp_labels": rule["labels"] | labels, "exp_annotations": {"summary": summary}}
     asked = {"alertname": alert, "eval_time": "90m", "exp_alerts": [expected] if fires else []}
     test = {"interval": "1m", "input_series": values, "alert_rule_test": [asked]}
     file = tmp_path / "test.yml"

@@ -2,12 +2,16 @@
 
 import re
 import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from pipelines.cli import COMMANDS, parse_config
-from tests.clusters.checks import ROOT
+from tests.clusters.checks import CLUSTERS, ROOT, documents
+from tests.clusters.machines import PROGRAMS
 
 TEXT = (ROOT / "docs/OPERATIONS.md").read_text()
 CODE = [*re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S), *re.findall(r"`([^`\n]+)`", TEXT)]
@@ -89,3 +93,52 @@ def test_every_file_of_clusters_is_in_it_or_named_by_one_that_is():
 @pytest.mark.parametrize("alert", re.findall(r"alert: (\w+)", (ROOT / "clusters/monitoring/rules.yml").read_text()))
 def test_every_alert_says_what_to_look_at(alert: str):
     assert re.search(rf"^\| .*\b{alert}\b.* \|", TEXT, flags=re.M)
+
+
+def secrets_of(value: Any) -> Iterator[str]:
+    """Names of the secrets that a manifest cannot do without."""
+    if isinstance(value, list):
+        for item in value:
+            yield from secrets_of(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key in ("secretRef", "secretKeyRef", "secret", "authOptions") and not item.get("optional"):
+                yield item.get("name") or item["secretName"]
+            else:
+                yield from secrets_of(item)
+
+
+def unmet(file: Path, secrets: set[str], services: set[str]) -> set[str]:
+    """Secrets and addresses that a manifest names and nothing has made."""
+    asked = set(re.findall(r"https?://([\w-]+)\.yan\.svc", file.read_text()))
+    return (set(secrets_of(documents(file))) - secrets) | (asked - services)
+
+
+def test_kubernetes_lines_make_what_later_ones_need():
+    """A run refuses to start where MLflow does not answer, and a pod where a secret is missing."""
+    (block,) = re.findall(r"```bash\n(kubectl apply -f clusters/kubernetes/namespace.yaml\n.*?)```", TEXT, flags=re.S)
+    secrets: set[str] = set()
+    services: set[str] = set()
+    applied: set[str] = set()
+    for line in block.splitlines():
+        secrets |= set(re.findall(r"create secret generic (\S+)", line))
+        for name in re.findall(r"-f (clusters/\S+)", line):
+            file = ROOT / name
+            services |= {d["metadata"]["name"] for d in documents(file) if d["kind"] == "Service"}
+            assert not unmet(file, secrets, services), line
+            applied.add(file.name)
+    for name in ("ray_job", "ray_service"):
+        assert not unmet(CLUSTERS / f"kubernetes/{name}.yaml", secrets, services)
+    assert {"kubernetes.yaml", "ray_cluster.yaml"} <= applied and "mlflow" in services
+    assert TEXT.count("create secret generic yan-mlflow-database") == 1
+
+
+def test_from_nothing_wants_no_more_than_it_says():
+    """The first line makes the environment that the others are run in; Debian's own packages are named before it."""
+    (before, block) = re.findall(r"^## From nothing [^\n]+\n(.*?)```bash\n(.*?)```", TEXT, flags=re.M | re.S)[0]
+    make, *rest = block.splitlines()
+    assert make == "make machines && . .venv/bin/activate"
+    (packages,) = re.findall(r"`apt-get install ([^`]+)`", before)
+    wanted = {package for package in PROGRAMS.values() if package not in ("openssh-client", "util-linux")}
+    assert {"make", "python3.11-venv"} | wanted <= set(packages.split())  # the server brings the client
+    assert any(line.startswith("curl ") for line in rest) and "curl" in packages.split()
