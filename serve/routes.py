@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from serve import openai_api
+from serve.direct import Direct, Route
 from serve.engine import Settings
 from serve.errors import (
     ErrorResponse,
@@ -95,7 +96,8 @@ def create_api(
             expose_headers=["x-request-id", "traceparent", "retry-after"],
         )
         middleware.insert(0, cors)
-    middleware.append(Middleware(BodyLimit, args.max_body_bytes))
+    direct: dict[str, Route] = {}
+    middleware += [Middleware(BodyLimit, args.max_body_bytes), Middleware(Direct, direct, on_error)]
     api = FastAPI(title="YAN", description="Text in a fixed number of passes.", middleware=middleware)
     for kind, handler in HANDLERS.items():
         api.add_exception_handler(kind, handler)
@@ -211,6 +213,8 @@ def create_api(
         return StreamingResponse(
             openai_api.events(body, whole), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
+
+    direct |= {"/v1/generate": (GenerateRequest, generate), OPENAI: (CompletionRequest, completions)}
 
     @api.get("/v1/models", tags=["OpenAI"], dependencies=guarded, responses=documented(401, 429))
     async def list_models() -> ModelList:
