@@ -244,6 +244,8 @@ def test_requests_bring_replicas_and_these_bring_nodes(fake: Fake, tmp_path: Pat
             ended.set()
             for caller in callers:
                 caller.join()
+        told = yaml.safe_load(fake.shell(f"serve status --address {fake.address}"))
+        assert told["applications"]["yan"]["status"] == "RUNNING"
         up_s, began = time.monotonic() - began, time.monotonic()
         assert set(answers) == {200}
         wait_until(lambda: have(1), 240, fake.application)
