@@ -19,11 +19,12 @@ from pipelines.batches import TrainingData
 from pipelines.benchmarks.machine import describe
 from pipelines.compute import step_flops
 from pipelines.evaluation import Quality, best_constant
+from pipelines.folders import recorded
 from pipelines.speed import measure_speed
 from pipelines.state import STAGES
 from yan_core.checkpoint import read_config
 from yan_core.config import BaselineConfig, RunConfig, SamplingConfig, from_dict, to_dict
-from yan_core.files import code_commit
+from yan_core.files import code_commit, without_password
 from yan_core.model import build_model
 from yan_core.tokenization import Tokenizer
 
@@ -264,8 +265,8 @@ def report_of(
         "rows": len(rows),
         "constant": best_constant(metric, rows, tokenizer.normalize),
         "vocab_size": tokenizer.vocab_size,
-        "arguments": list(arguments),
-        "config": to_dict(config),
+        "arguments": [without_password(argument) for argument in arguments],
+        "config": recorded(config),
         "contestants": contestants,
     }
     return json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN

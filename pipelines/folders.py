@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from yan_core.files import clear_leftovers
+from yan_core.config import RunConfig, to_dict
+from yan_core.files import clear_leftovers, without_password
+
+
+def recorded(config: RunConfig) -> dict[str, Any]:
+    """The settings as they are kept with a run: without the password of MLflow's address."""
+    settings = to_dict(config)
+    settings["tracking"]["uri"] = without_password(config.tracking.uri)
+    return settings
 
 
 def flat(values: Any, where: str = "") -> dict[str, Any]:

@@ -27,12 +27,12 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import yan_core
 from pipelines.cli import UsageError, parse_config
-from pipelines.listing import locate, without_password
+from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
 from pipelines.state import check_stages
 from yan_core.config import RunConfig, to_dict
-from yan_core.files import PACKAGES, code_commit, code_fingerprint
+from yan_core.files import PACKAGES, code_commit, code_fingerprint, without_password
 from yan_core.tasks import get_task
 
 TRACKING = "MLFLOW_TRACKING_URI"

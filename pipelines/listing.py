@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from yan_core.config import DataConfig, DatasetConfig
-from yan_core.files import sha256_file
+from yan_core.files import sha256_file, without_password
 
 
 class DataError(ValueError):
@@ -28,11 +28,6 @@ class UnreadableFile(DataError):
 
 READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error)
 """What reading a damaged file raises."""
-
-
-def without_password(text: str) -> str:
-    """Text, or an address alone, as it may be shown and recorded: passwords of the URLs in it are gone."""
-    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,9 +19,10 @@ import numpy as np
 import safetensors.numpy
 
 from pipelines.batches import as_rows, make_batch
+from pipelines.folders import recorded
 from pipelines.order import Pool, Shard, StageOrder, stage_order
 from yan_core.batching import Batch
-from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.config import RunConfig, from_dict
 from yan_core.files import atomic_folder, code_commit, write_file
 from yan_core.tokenization import Tokenizer
 
@@ -158,7 +159,7 @@ def pack(prepared: Prepared, config: RunConfig, folder: Path, most_bytes: int) -
             ids[f"{part}.{column}.offsets"] = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     about = {
         "commit": code_commit(),
-        "config": to_dict(config),
+        "config": recorded(config),
         "shards": {
             stage: [[Path(s.path).relative_to(prepared.folder).as_posix(), s.rows, s.epochs] for s in shards]
             for stage, shards in stages.items()

@@ -20,8 +20,8 @@ import torch
 from pipelines.card import evidence
 from pipelines.cluster import progress_lines
 from pipelines.evaluation import Quality, evaluate_model
-from pipelines.folders import flat
-from pipelines.listing import locate, reason_of, without_password
+from pipelines.folders import flat, recorded
+from pipelines.listing import locate, reason_of
 from pipelines.metrics_buffer import UNSENT, MetricsBuffer
 from pipelines.pictures import draw_paths, draw_usage, follow, straightness
 from pipelines.prepare import Prepared, corpora_of, open_prepared
@@ -30,8 +30,8 @@ from pipelines.sources import find_dataset
 from pipelines.tracking import STORE_ERRORS, Tracker, TrackingError, patiently, tracking_uri
 from yan_core.card import model_card
 from yan_core.checkpoint import from_pretrained, read_config
-from yan_core.config import RunConfig, to_dict
-from yan_core.files import atomic_folder, code_commit
+from yan_core.config import RunConfig
+from yan_core.files import atomic_folder, code_commit, without_password
 
 
 def begin_tracking(config: RunConfig, known: str | None) -> Tracker:
@@ -60,12 +60,11 @@ def begin_tracking(config: RunConfig, known: str | None) -> Tracker:
 def record_start(config: RunConfig, prepared: Prepared, tracker: Tracker) -> Any:
     """Record settings, code and data; gives a monitor of this machine's load, or None where MLflow does not answer."""
     try:
-        recorded = to_dict(config)
-        recorded["tracking"]["uri"] = without_password(config.tracking.uri)
-        tracker.params(flat(recorded))
+        settings = recorded(config)
+        tracker.params(flat(settings))
         tracker.tag("commit", code_commit())
         _record_data(config, prepared, tracker)
-        tracker.text(json.dumps(recorded, indent=2), "config.json")
+        tracker.text(json.dumps(settings, indent=2), "config.json")
         return tracker.system_metrics()
     except STORE_ERRORS as error:
         say(f"MLflow: {reason_of(error)}; the run goes on, and the same command records its settings")

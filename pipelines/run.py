@@ -20,7 +20,7 @@ from typing import Any
 from pipelines import world
 from pipelines.cluster import progress_lines, ray_session
 from pipelines.evaluation import Quality, check_models
-from pipelines.folders import difference, read_inputs, run_lock
+from pipelines.folders import difference, read_inputs, recorded, run_lock
 from pipelines.listing import files_of, identities, locate
 from pipelines.prepare import Prepared, corpora_of, given_tokenizer, open_prepared, prepare
 from pipelines.progress import say
@@ -276,7 +276,7 @@ def run(config: RunConfig, publish: bool = True, fresh: bool = False) -> RunResu
         tracker = begin_tracking(config, _known_run(folder, final))
         state = {"run_id": tracker.run_id, "final": final, "finished": False}
         write_file(folder / "run.json", json.dumps(state))
-        write_file(folder / "config.json", json.dumps(to_dict(config), indent=2))
+        write_file(folder / "config.json", json.dumps(recorded(config), indent=2))
         monitor = record_start(config, prepared, tracker)
         try:
             last = train_steps(config, folder, prepared, tracker, seconds)

@@ -21,9 +21,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
-from pipelines.listing import reason_of, without_password
+from pipelines.listing import reason_of
 from pipelines.metrics_buffer import Value
 from yan_core.config import RunConfig
+from yan_core.files import without_password
 
 matplotlib.use("Agg")
 

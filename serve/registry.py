@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yan_core.files import without_password
+
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
@@ -18,7 +20,10 @@ SCHEME = "models:/"
 
 
 class RegistryError(ValueError):
-    """The registry cannot be reached, or does not hold what was asked for."""
+    """The registry cannot be reached, or does not hold what was asked for; its address without a password."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_password(message))
 
 
 class RegistryAway(RegistryError):

@@ -1,9 +1,10 @@
-"""Folders that appear whole or not at all, hashes, and which copy of this code runs. No torch here."""
+"""Folders that appear whole or not at all, hashes, which copy of this code runs, addresses for show. No torch here."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Generator
@@ -67,8 +68,19 @@ COMMIT_FILE = ".commit"
 
 
 def write_commit(root: Path = Path(__file__).parents[1]) -> None:
-    """Leave word of commit and fingerprint for those who copy the code without its history."""
+    """Leave word of commit and fingerprint for those who copy the code without its history.
+
+    Git is told by its own list to overlook it: Ray leaves out of a job's code what `.gitignore` names.
+    """
     write_file(root / COMMIT_FILE, f"{code_commit()} {code_fingerprint()}\n")
+    try:
+        ask = ["git", "-C", str(root), "rev-parse", "--path-format=absolute", "--git-path", "info/exclude"]
+        exclude = Path(subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip())
+    except (OSError, subprocess.SubprocessError):
+        return  # no checkout
+    known = exclude.read_text(encoding="utf-8") if exclude.is_file() else ""
+    if f"/{COMMIT_FILE}" not in known.splitlines():
+        write_file(exclude, "".join(f"{line}\n" for line in [*known.splitlines(), f"/{COMMIT_FILE}"]))
 
 
 def _copied_commit() -> str:
@@ -122,3 +134,8 @@ def write_file(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def without_password(text: str) -> str:
+    """Text, or an address alone, as it may be shown and recorded: passwords of the URLs in it are gone."""
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)

@@ -45,11 +45,11 @@ def wait_until(holds: Any, timeout_s: float, told: Any = lambda: "") -> None:
         time.sleep(0.5)
 
 
-def run_shell(command: str, environment: dict[str, str], timeout_s: float) -> str:
-    """What a command of bash printed, run in the repository; it must succeed."""
+def run_shell(command: str, environment: dict[str, str], timeout_s: float, where: Path = ROOT) -> str:
+    """What a command of bash printed, run in the repository or where it is told; it must succeed."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
-        cwd=ROOT,
+        cwd=where,
         env=environment,
         capture_output=True,
         text=True,

@@ -2,7 +2,7 @@
 
 `python -m tests.clusters.machines up` (Linux, as root) leaves them running and says what is next; `down` ends them and
 deletes their files. They share this kernel, Python and installed packages, and the folder ~/yan/runs, as by NFS: `up`
-keeps what is in it. A folder behind the word takes the place of runs/machines.
+keeps what is in it.
 """
 
 import hashlib
@@ -76,6 +76,11 @@ def missing() -> str:
     if subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True).returncode:
         return "the kernel allows no network namespaces here"
     return ""
+
+
+def packages() -> Path:
+    """Where those of this Python are, links followed."""
+    return next(Path(sys.prefix).glob("lib/python*/site-packages")).resolve()
 
 
 def call(*command: str, check: bool = True) -> None:
@@ -159,7 +164,7 @@ class Machines:
         self._fill(name, home)
         tmp.mkdir()
         keep = []
-        for prefix in {Path(sys.prefix), Path(sys.base_prefix)}:  # they are under what is covered, maybe
+        for prefix in {packages(), Path(sys.base_prefix)}:  # they are under what is covered, maybe
             for covered, by in ((self.root, home), (Path("/tmp"), tmp)):
                 if prefix.is_relative_to(covered):
                     place = by / prefix.relative_to(covered)
@@ -196,8 +201,7 @@ class Machines:
         (home / ".bash_profile").write_text(". ~/.bashrc\n")
         environment = home / "yan-env"
         venv.create(environment, symlinks=True)
-        packages = next(Path(sys.prefix).glob("lib/python*/site-packages"))
-        (next(environment.glob("lib/python*/site-packages")) / "packages.pth").write_text(f"{packages}\n")
+        (next(environment.glob("lib/python*/site-packages")) / "packages.pth").write_text(f"{packages()}\n")
         for program in ("pip", "ray", "serve", "mlflow"):
             _, _, rest = (Path(sys.prefix) / "bin" / program).read_text().partition("\n")
             there = environment / "bin" / program
@@ -282,10 +286,10 @@ class Machines:
 
 def main() -> None:
     """`up` or `down`."""
-    word, *places = sys.argv[1:] or [""]
+    word = " ".join(sys.argv[1:])
     if word not in ("up", "down"):
         sys.exit("machines: up or down")
-    machines = Machines(Path(places[0]) if places else ROOT / "runs/machines", Path.home())
+    machines = Machines(ROOT / "runs/machines", Path.home())
     if reason := missing():
         sys.exit(f"machines: {reason}")
     if word == "down":

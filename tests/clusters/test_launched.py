@@ -1,7 +1,8 @@
 """The runbook's way from nothing to a served model on three machines, which then lose a node each way.
 
 `make test-cluster`. The machines are namespaces of this one (tests/clusters/machines.py), launched by SSH with
-clusters/launcher/on_premises.yaml, of which hosts, user and key alone are filled in.
+clusters/launcher/on_premises.yaml, of which hosts, user and key alone are filled in. Commands are typed in a checkout
+of the test's own, which leaves `runs/machines` of this one alone; its environment is this one's, not installed again.
 """
 
 import hashlib
@@ -48,26 +49,43 @@ def five_commands() -> list[str]:
     return block.replace("\\\n", " ").strip().splitlines()
 
 
+def checkout(folder: Path) -> Path:
+    """A clone of this repository with what is changed in it, and this environment in its place."""
+    run_shell(f"git clone --quiet {ROOT} {folder}", dict(os.environ), 60)
+    changed = "git ls-files -z -mo --exclude-standard | rsync -a -0 --ignore-missing-args --files-from=-"
+    run_shell(f"{changed} {ROOT} {folder}", dict(os.environ), 60)
+    environment = folder / ".venv"
+    environment.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    (environment / ".installed").write_text(f"{folder}\n")
+    return folder
+
+
 class Launched:
     """The cluster of the machines, as a person at the launching machine sees it."""
 
     def __init__(self, home: Path) -> None:
-        self.machines = Machines(home / "machines", home)
+        self.checkout = checkout(home / "code")
+        self.machines = Machines(self.checkout / "runs/machines", home)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
         self.environment = kept | {
             "HOME": str(home),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{self.checkout}/.venv/bin:{os.environ['PATH']}",
             "RAY_TMPDIR": str(home / "ray"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(home / ".yan/auth/auth_token"),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": str(ROOT),
         }
         self.address = ""
 
     def shell(self, command: str, timeout_s: float = 300) -> str:
-        """What a command printed; it must succeed."""
-        return run_shell(command, self.environment, timeout_s)
+        """What a command printed that was typed in the checkout; it must succeed."""
+        return run_shell(command, self.environment, timeout_s, self.checkout)
+
+    def commit(self) -> str:
+        """That of the checkout."""
+        return self.shell("python -c 'from yan_core.files import code_commit; print(code_commit())'").strip()
 
     def nodes(self) -> list[str]:
         """Addresses of the nodes that live, by the head."""
@@ -98,18 +116,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     launched = Launched(home)
     tunnel = None
     try:
-        commands = five_commands()
-        assert commands[0] == "make machines && . .venv/bin/activate"
-        recipe = r"^machines: .*\n\t\$\(BIN\)/(python -m .+)$"
-        (up,) = re.findall(recipe, (ROOT / "Makefile").read_text(), flags=re.M)
-        launched.shell(f"{up} {launched.machines.folder}")  # in a folder of the test's
-        launched.shell(commands[1].replace("runs/machines", str(launched.machines.folder)))
+        for command in five_commands()[:2]:
+            launched.shell(command)
         port = free_port()
         launched.address = f"http://127.0.0.1:{port}"
         with (home / "tunnel").open("w") as log:
             command = ["ray", "dashboard", "--port", str(port), str(launched.machines.file)]
             tunnel = subprocess.Popen(
-                command, env=launched.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT
+                command, env=launched.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         launched.wait_for_nodes(NAMES)
         yield launched
@@ -117,16 +131,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
         if tunnel is not None:
             tunnel.terminate()
             tunnel.wait(30)
-        logs = sorted(home.glob("machines/*/log"))
+        logs = sorted(launched.machines.folder.glob("*/log"))
         print("".join(log.read_text()[-500:] for log in logs))
-        launched.machines.down()
+        launched.shell("make machines-down")
+        assert not launched.machines.folder.exists()
 
 
 def test_five_commands_end_in_an_answer(cluster: Launched):
-    _, _, submit, deploy, ask = (c.replace("runs/machines", str(cluster.machines.folder)) for c in five_commands())
+    _, _, submit, deploy, ask = five_commands()
     said = cluster.shell(submit.replace("world.yaml", f"world.yaml{SHORT}"))
     assert re.search(r"^job \S+: SUCCEEDED; MLflow run: \w{32}", said, flags=re.M), said[-2000:]
-    assert (cluster.machines.shared / "world/model/config.json").is_file()
+    trained = json.loads((cluster.machines.shared / "world/model/config.json").read_text())
+    assert trained["commit"] == cluster.commit()
     cluster.shell(deploy)
     answer = json.loads(cluster.shell(ask).splitlines()[-1])
     assert answer["model"] == "world" and "text" in answer
@@ -193,6 +209,14 @@ def test_script_of_ones_own_is_sent_and_run(cluster: Launched, tmp_path: Path):
     said = cluster.shell(f"ray submit --no-config-cache {cluster.machines.file} {script}")
     assert str(sorted(ADDRESSES.values())) in said
     assert "4.0 CPU" in cluster.shell(f"ray exec {cluster.machines.file} 'ray status'")
+
+
+def test_job_of_code_that_was_copied_knows_its_commit(cluster: Launched):
+    """The head has no .git; Ray sends a job what .gitignore does not name."""
+    ask = 'python -c "from yan_core.files import code_commit; print(code_commit())"'
+    submit = f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {ask}"
+    said = cluster.shell(f"ray exec runs/machines/cluster.yaml 'cd ~/yan && test ! -e .git && {submit}'")
+    assert cluster.commit() in said.splitlines(), said[-2000:]
 
 
 class Callers:
@@ -328,7 +352,7 @@ def test_a_new_token_holds_after_ray_down_and_ray_up(cluster: Launched):
     cluster.shell(f"ray down --yes {cluster.machines.file}")
     wait_until(lambda: not any(cluster.machines.runs(name, "raylet") for name in NAMES), 120)
     token.write_text(new)
-    cluster.shell(five_commands()[1].replace("runs/machines", str(cluster.machines.folder)))
+    cluster.shell(five_commands()[1])
     cluster.wait_for_nodes(NAMES)
     with pytest.raises(urllib.error.HTTPError, match="401|403"):
         asked(f"{cluster.address}/nodes?view=summary", old)

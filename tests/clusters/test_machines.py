@@ -20,25 +20,26 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     monkeypatch.setattr(machines, "call", lambda *command, check=True: None)
     monkeypatch.setattr(machines, "missing", lambda: "")
     monkeypatch.setattr(machines, "write_commit", lambda: None)
-    monkeypatch.setattr(machines.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(Machines, "_start", start)
-    return Machines(tmp_path / "machines", tmp_path)
+    place = Machines(tmp_path / "machines", tmp_path)
+    monkeypatch.setattr(machines, "Machines", lambda *_: place)
+    return place
 
 
-def called(monkeypatch: pytest.MonkeyPatch, word: str, place: Machines) -> None:
-    monkeypatch.setattr(sys, "argv", ["machines", word, str(place.folder)])
+def called(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["machines", word])
     machines.main()
 
 
 def test_up_again_starts_anew_and_keeps_what_is_shared(place: Machines, monkeypatch: pytest.MonkeyPatch):
-    called(monkeypatch, "up", place)
+    called(monkeypatch, "up")
     model, old = place.shared / "world/model/config.json", place.folder / "head/home/yan/old.py"
     for file in (model, old):
         file.parent.mkdir(parents=True)
         file.write_text("{}")
     place.serve_file.write_text("changed: by somebody")
     key = place.api_key
-    called(monkeypatch, "up", place)
+    called(monkeypatch, "up")
     assert model.read_text() == "{}" and place.serve_file.read_text() == "changed: by somebody"
     assert not old.exists() and place.api_key != key
 
@@ -46,9 +47,9 @@ def test_up_again_starts_anew_and_keeps_what_is_shared(place: Machines, monkeypa
 def test_down_deletes_all_and_says_so(
     place: Machines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    called(monkeypatch, "up", place)
+    called(monkeypatch, "up")
     (place.shared / "mlflow.db").touch()
-    called(monkeypatch, "down", place)
+    called(monkeypatch, "down")
     assert not place.folder.exists()
     said = capsys.readouterr().out.splitlines()[-1]
     assert f"{place.folder} is deleted" in said and "runs, models and MLflow" in said

@@ -1,5 +1,6 @@
 """Metrics on their way to MLflow: in order, at once, and not lost when it does not answer."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from typing import Any, cast
 
 import mlflow
 import pytest
+import torch
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
-from pipelines import publish
+from pipelines import publish, run
+from pipelines.contestants import report_of
 from pipelines.metrics_buffer import UNSENT, MetricsBuffer
 from pipelines.publish import begin_tracking, end_tracking, record_start, send_unsent
 from pipelines.tracking import Tracker, TrackingError, mlflow_at, patiently
-from yan_core.config import RunConfig, TrackingConfig
+from yan_core.config import RunConfig, TokenizerConfig, TrackingConfig
+from yan_core.tokenization import Tokenizer
 
 
 class Server:
@@ -209,6 +213,35 @@ def test_what_is_recorded_of_a_run_has_no_password(tmp_path, monkeypatch):
     )
     record_start(config, cast(Any, None), cast(Any, tracker))
     assert recorded["tracking.uri"] == "postgresql://m:***@h/m" and "s3cret" not in str(recorded)
+
+
+def test_what_a_run_leaves_in_its_folder_has_no_password(tmp_path, monkeypatch):
+    """The folder is often a share that many read."""
+    config = RunConfig(name="r", runs_dir=str(tmp_path), tracking=TrackingConfig(uri="postgresql://m:s3cret@h/m"))
+    stands_for = {
+        "ray_session": lambda *_: contextlib.nullcontext(),
+        "prepare_step": lambda *_: SimpleNamespace(manifest={"rows": {"validation": 10**6}}),
+        "begin_tracking": lambda *_: SimpleNamespace(run_id="abc"),
+        "check_tracking": lambda *_: None,
+        "record_start": lambda *_: None,
+        "end_tracking": lambda *_: None,
+    }
+    for name, stand_in in stands_for.items():
+        monkeypatch.setattr(run, name, stand_in)
+    with pytest.raises(AttributeError):  # there is nothing to train with
+        run.run(config)
+    left = [file.read_text() for file in (tmp_path / "r").rglob("*") if file.is_file()]
+    assert any("postgresql://m:***@h/m" in text for text in left) and not any("s3cret" in text for text in left)
+
+
+def test_what_a_comparison_reports_has_no_password():
+    uri = "postgresql://m:s3cret@h/m"
+    config = RunConfig(tracking=TrackingConfig(uri=uri))
+    tokenizer = Tokenizer.train(["in the hall"], TokenizerConfig(vocab_size=300))
+    entries = {"yan": {"quality": [{"metric": "exact_match"}]}}
+    rows = [{"answers": ["hall"]}]
+    report = report_of(config, rows, tokenizer, torch.device("cpu"), entries, ["--tracking.uri", uri])
+    assert report["arguments"][1] == "postgresql://m:***@h/m" and "s3cret" not in str(report)
 
 
 def test_what_an_earlier_training_could_not_send_is_sent_though_none_follows(tmp_path):

@@ -79,8 +79,9 @@ def test_a_registry_out_of_reach(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        with pytest.raises(RegistryError, match="cannot be read .*; is it running"):
-            find_version("models:/a@b", f"http://127.0.0.1:{probe.getsockname()[1]}")
+        with pytest.raises(RegistryError, match="cannot be read .*; is it running") as told:
+            find_version("models:/a@b", f"http://mlflow:s3cret@127.0.0.1:{probe.getsockname()[1]}")
+    assert "http://mlflow:***@127.0.0.1" in str(told.value) and "s3cret" not in str(told.value)
 
 
 def test_a_models_copy_goes_when_it_is_loaded_or_is_none(registry, tmp_path, monkeypatch):

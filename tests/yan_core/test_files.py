@@ -57,8 +57,12 @@ def test_what_a_checkout_writes_its_copy_reads(copy: Path):
         subprocess.run([*ask, *words], check=True, timeout=60)
     checkout = load(copy)
     checkout.write_commit()
+    checkout.write_commit()
     commit = checkout.code_commit()
     assert len(commit) == 12
+    # Git overlooks the file by a list of its own; by .gitignore Ray would leave it out of what a job is sent.
+    assert not subprocess.run([*ask, "status", "--short"], check=True, capture_output=True, timeout=60).stdout
+    assert (copy.parents[1] / ".git/info/exclude").read_text().splitlines().count("/.commit") == 1
     (copy.parents[1] / ".git").rename(copy.parents[2] / "history")
     assert load(copy).code_commit() == commit
 
