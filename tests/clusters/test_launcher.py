@@ -4,7 +4,9 @@ import copy
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,18 @@ def test_google_cloud_waits_for_the_driver_where_there_is_a_gpu(tmp_path: Path):
         environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
         subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, check=True, timeout=60)
         assert (tmp_path / "waited").exists() == waits
+
+
+def test_commit_is_left_by_the_line_that_the_file_names(tmp_path: Path):
+    """Typed in the repository's root before `ray up`, which copies no history."""
+    (line,) = re.findall(
+        r"^#   (python -c '.*write_commit.*')$", (CLUSTERS / "launcher/on_premises.yaml").read_text(), re.M
+    )
+    shutil.copytree(ROOT / "yan_core", tmp_path / "yan_core", ignore=shutil.ignore_patterns("__pycache__"))
+    git = "git -c user.name=a -c user.email=a@b"
+    kept = {name: value for name, value in os.environ.items() if name not in ("YAN_COMMIT", "PYTHONPATH")}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    script = f"{git} init -q && {git} add . && {git} commit -qm all && {line} && git rev-parse --short=12 HEAD"
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".commit").read_text().split()[0] == done.stdout.strip()

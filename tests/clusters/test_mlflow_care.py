@@ -1,17 +1,20 @@
-"""What the runbook says of MLflow's database: a dump that is restored, and deleted runs that go for good."""
+"""What the runbook says of MLflow's database (a dump, deleted runs that go for good), and whom its server answers."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 
 from pipelines.tracking import Tracker, mlflow_at
-from tests.clusters.checks import ROOT
+from tests.clusters.checks import CLUSTERS, ROOT
 from tests.clusters.conftest import run_shell
 from tests.clusters.test_migration import mlflow_server
 from yan_core.config import RunConfig, TrackingConfig
@@ -64,6 +67,29 @@ def test_a_dump_brings_back_what_was_there(postgresql: str, tmp_path: Path):
         again = record("again", url, tmp_path)  # ids of new rows do not meet old ones
         again.register(model, "yan-world", "champion")
         assert str(client.get_model_version_by_alias("yan-world", "champion").version) == "2"
+
+
+def test_server_answers_to_the_names_that_it_is_told_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MLFLOW_HOSTS of compose.yaml; the container's own health check is answered by any name."""
+    compose = yaml.safe_load((CLUSTERS / "mlflow/compose.yaml").read_text())
+    ((variable, hosts),) = [
+        (name, value) for name, value in compose["services"]["server"]["environment"].items() if "MLFLOW_HOSTS" in value
+    ]
+    monkeypatch.setenv(variable, re.sub(r"\$\{MLFLOW_HOSTS:-[^}]*\}", "mlflow.team:5000,10.0.0.5:5000", hosts))
+
+    def status(url: str, path: str, host: str) -> int:
+        request = urllib.request.Request(f"{url}{path}", headers={"Host": host})
+        try:
+            return urllib.request.urlopen(request, timeout=60).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with mlflow_server(f"sqlite:///{tmp_path}/runs.db", str(tmp_path / "files"), tmp_path / "log") as url:
+        asked = "/api/2.0/mlflow/experiments/get?experiment_id=0"
+        for host in ("mlflow.team:5000", "10.0.0.5:5000"):
+            assert status(url, asked, host) == 200
+        assert status(url, asked, "127.0.0.1:5000") == status(url, asked, "elsewhere.com") == 403
+        assert status(url, "/health", "127.0.0.1:5000") == 200
 
 
 def test_deleted_runs_go_for_good_with_their_files_and_no_others(postgresql: str, tmp_path: Path):

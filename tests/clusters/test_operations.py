@@ -1,7 +1,9 @@
 """The runbook names what is there."""
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,58 @@ def test_every_file_of_clusters_is_in_it_or_named_by_one_that_is():
 @pytest.mark.parametrize("alert", re.findall(r"alert: (\w+)", (ROOT / "clusters/monitoring/rules.yml").read_text()))
 def test_every_alert_says_what_to_look_at(alert: str):
     assert re.search(rf"^\| .*\b{alert}\b.* \|", TEXT, flags=re.M)
+
+
+def blocks_from(word: str) -> str:
+    """The page's one block of shell that begins so."""
+    (block,) = re.findall(rf"```bash\n({re.escape(word)}.*?)```", TEXT, flags=re.S)
+    return block
+
+
+def typed(block: str, home: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        env=os.environ | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_token_is_for_its_owner_alone_and_where_ray_is_told(tmp_path: Path):
+    block = blocks_from("install -d -m 700 ~/.yan/auth")
+    told = typed(block + 'echo -n "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH"', tmp_path)
+    token = tmp_path / ".yan/auth/auth_token"
+    assert told == f"token {token}" and re.fullmatch(r"[0-9a-f]{64}", token.read_text())
+    assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_mlflows_passwords_are_made_once_and_for_their_owner_alone(tmp_path: Path):
+    first = blocks_from("test -e ~/.yan/mlflow.env").splitlines()[0]
+    (tmp_path / ".yan").mkdir()
+    typed(first, tmp_path)
+    made = tmp_path / ".yan/mlflow.env"
+    before = made.read_text()
+    typed(first, tmp_path)
+    assert made.read_text() == before and made.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"POSTGRES_PASSWORD=\w{48}\nS3_ACCESS_KEY=\w{48}\nS3_SECRET_KEY=\w{48}\n", before)
+
+
+TABLES = re.findall(r"^\|[^\n]*\| stands behind it \|\n\|[-|]+\|\n((?:\|[^\n]*\n)+)", TEXT, flags=re.M)
+
+
+@pytest.mark.parametrize("row", [row for table in TABLES for row in table.splitlines()])
+def test_row_names_its_test_or_wants_a_cloud(row: str):
+    behind = row.rstrip("|").rpartition("|")[2]
+    assert re.search(r"\btests?\b.*`\S*test_\w+\.py`|\bcloud\b", behind)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S))
+def test_section_of_a_block_names_its_test_or_wants_a_cloud(block: str):
+    section = TEXT[TEXT.index(block) :].partition("\n## ")[0]
+    assert re.search(r"`\S*test_\w+\.py`.*\bruns?\b|\bTest\b.*`\S*test_\w+\.py`|\bcloud\b", section)
 
 
 def secrets_of(value: Any) -> Iterator[str]:
