@@ -23,7 +23,7 @@ from serve.engine import Engine
 from serve.exporter import Exporter
 from serve.metrics import Metrics
 from serve.models import ServedModel, pools
-from serve.pool import Models
+from serve.pool import Models, first_load
 from serve.registry import find_version, folder_name, is_registered, registry_uri, resolve, version_name
 from serve.routes import create_api
 from serve.schemas import AppArgs
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 SWITCH_S = 2e-4
 """Longest that HTTP keeps Python from the thread that draws: between two operations of a model it would wait for as
 long as a request's handling takes, Python's own limit being 5 ms. What it brings was not measured by itself."""
+
+SIBLING_S = 5.0
+"""How long a replica that starts waits for the word of another."""
 
 
 class Shelf:
@@ -97,7 +100,8 @@ class Server:
         Exporter(self.metrics.registry).start()
         shelf = Shelf(args, self.metrics)
         # In a thread: the replica's event loop is ours too, see `ingress.SEPARATE_LOOP`.
-        loaded = {address: await asyncio.to_thread(shelf.load, address) for address in (args.model, *args.more_models)}
+        addresses = (args.model, *args.more_models)
+        loaded = {address: await first_load(shelf, address, named_elsewhere) for address in addresses}
         self.models = Models(
             loaded,
             shelf,
@@ -105,7 +109,7 @@ class Server:
             most=args.max_models,
             retry_s=args.refresh_s,
         )
-        if any(map(is_registered, (args.model, *args.more_models))) or args.any_registered:
+        if any(map(is_registered, addresses)) or args.any_registered:
             self._fresh = asyncio.create_task(self.models.keep_fresh(args.refresh_s))
         if keys:
             self._keys = asyncio.create_task(keep_keys(keys, args.api_keys_file, args.refresh_s))
@@ -114,10 +118,26 @@ class Server:
         """Asked by Serve after __init__."""
         return create_api(self.models, self.metrics, self.args, self.keys, gives_id=False)
 
+    def named_by(self, address: str) -> str:
+        """Asked by a replica that starts: name of the model that an address stands for here."""
+        return self.models.named_by(address)
+
     def check_health(self) -> None:
         """Asked by Serve; a replica that raises is replaced."""
         if not self.models.ready:
             raise RuntimeError(f"{', '.join(self.models.all)}: the latest batches all failed")
+
+
+async def named_elsewhere(address: str) -> str:
+    """Name of the model that stands for an address in a replica that runs; empty: none answers."""
+    context = ray_serve.get_replica_context()
+    handle: Any = ray_serve.get_deployment_handle(context.deployment, context.app_name)
+    try:
+        async with asyncio.timeout(SIBLING_S):
+            return await handle.named_by.remote(address)
+    except Exception as error:
+        logger.info("no other replica says what it serves as %s: %r", address, error)
+        return ""
 
 
 def refuse_short_deadline(of_serve: float | None, ours: float) -> None:

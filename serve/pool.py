@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -50,6 +50,28 @@ class _Held:
     used_s: float = field(default_factory=time.monotonic)
     refused: str = ""
     """The version that its alias stands for and that does not work."""
+
+
+async def first_load(source: Source, address: str, elsewhere: Callable[[str], Awaitable[str]]) -> ServedModel:
+    """A model of a replica that starts.
+
+    Args:
+        source: Where it comes from.
+        address: Of the model. Where it is an alias at a version that does not work, the replica starts with what others
+            serve by it, as those go on with that: else there would be no replica more until somebody moves the alias.
+        elsewhere: Asks them for its name; empty: there are none.
+
+    Raises:
+        Exception: Whatever is wrong with the model.
+    """
+    try:
+        return await asyncio.to_thread(source.load, address)
+    except Exception:
+        name = await elsewhere(address) if is_registered(address) and "@" in address else ""
+        if not name:
+            raise
+        logger.exception("%s is refused: this replica starts with %s, which others serve", address, name)
+    return await asyncio.to_thread(source.load, SCHEME + name)
 
 
 class Models:
@@ -130,6 +152,10 @@ class Models:
             raise self._unknown(name)
         held.used_s = time.monotonic()
         return held.model
+
+    def named_by(self, address: str) -> str:
+        """Name of the model that stands for an address; empty: there is none in memory."""
+        return self._held[address].model.name if address in self._held else ""
 
     def _find(self, name: str) -> _Held | None:
         for address in (name, SCHEME + name):

@@ -10,7 +10,7 @@ import pytest
 from serve.errors import NotFound, Overloaded, ServerError
 from serve.metrics import Metrics
 from serve.models import ServedModel
-from serve.pool import Models
+from serve.pool import Models, first_load
 from serve.registry import RegistryAway, RegistryError
 
 CHAMPION = "models:/story@champion"
@@ -220,6 +220,29 @@ def test_a_bad_version_is_refused_once_and_counted():
         assert models.first.name == "story/5"
 
     asyncio.run(run())
+
+
+def test_a_replica_that_starts_at_a_bad_version_takes_what_the_others_serve():
+    """Else a service whose alias stands at a bad version could not grow, nor mend a lost replica."""
+    shelf = Shelf(story__champion="story/4", **{"story/3": "story/3", "story/4": "story/4"})
+    shelf.broken = {"story/4"}
+    asked: list[str] = []
+
+    def told(name: str) -> Any:
+        async def elsewhere(address: str) -> str:
+            asked.append(address)
+            return name
+
+        return elsewhere
+
+    assert asyncio.run(first_load(shelf, CHAMPION, told("story/3"))).name == "story/3"
+    assert shelf.loads == ["story/4", "story/3"]
+    with pytest.raises(RuntimeError, match="cannot generate"):  # nobody serves it: the first start, which is to fail
+        asyncio.run(first_load(shelf, CHAMPION, told("")))
+    assert asked == [CHAMPION, CHAMPION]
+    with pytest.raises(RuntimeError, match="cannot generate"):  # this version was asked for, and no other
+        asyncio.run(first_load(shelf, "models:/story/4", told("story/3")))
+    assert asked == [CHAMPION, CHAMPION]
 
 
 def test_a_registry_that_is_out_of_reach_changes_nothing():

@@ -90,6 +90,14 @@ def under_load(url: str, what: Callable[[], None], seconds: float = 30.0) -> tup
     return load, retries.total()
 
 
+def named(url: str) -> set[str]:
+    """The models of twenty answers."""
+    request = urllib.request.Request(
+        f"{url}/v1/generate", json.dumps(body(0)).encode(), {"Content-Type": "application/json"}
+    )
+    return {json.load(urllib.request.urlopen(request))["model"] for _ in range(20)}
+
+
 @pytest.fixture(scope="module")
 def registry(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two versions of `yan-tiny`; `champion` is the first."""
@@ -151,10 +159,31 @@ def test_an_alias_that_moves_costs_no_request(url: str, registry: str, capsys: p
     client = MlflowClient(registry, registry)
     load, retried = under_load(url, lambda: client.set_registered_model_alias("yan-tiny", "champion", "2"))
     assert [s for s in load.samples if s.status != 200] == []
-    request = urllib.request.Request(
-        f"{url}/v1/generate", json.dumps(body(0)).encode(), {"Content-Type": "application/json"}
-    )
-    named = {json.load(urllib.request.urlopen(request))["model"] for _ in range(20)}
-    assert named == {"yan-tiny/2"}
+    assert named(url) == {"yan-tiny/2"}
     with capsys.disabled():
         print(f"\nalias moved: {len(load.samples)} requests, 0 failed, {retried} tried again")
+
+
+def test_a_replica_comes_back_though_the_alias_stands_at_a_bad_version(url: str, registry: str, tmp_path: Path):
+    """It asks the other one, which goes on with the version before."""
+    from ray import serve as ray_serve
+
+    client = MlflowClient(registry, registry)
+    before, serving = {p.pid for p in replicas()}, named(url)
+    assert len(before) == 2 and len(serving) == 1
+    (tmp_path / "artifacts/model").mkdir(parents=True)
+    (tmp_path / "MLmodel").write_text("flavors: {python_function: {}}\n")
+    bad = client.create_model_version("yan-tiny", tmp_path.as_uri()).version
+    client.set_registered_model_alias("yan-tiny", "champion", bad)
+    os.kill(min(before), signal.SIGKILL)
+
+    def running() -> int:
+        return ray_serve.status().applications["yan"].deployments["yan"].replica_states.get("RUNNING", 0)
+
+    deadline = time.monotonic() + 120
+    while len(new := {p.pid for p in replicas()}) < 2 or min(before) in new or running() < 2:
+        assert time.monotonic() < deadline, ray_serve.status()
+        time.sleep(0.5)
+    load = closed_loop(f"{url}/v1/generate", body, CLIENTS, 5.0)
+    assert {s.status for s in load.samples} == {200}
+    assert named(url) == serving
