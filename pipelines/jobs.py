@@ -147,6 +147,8 @@ def environment(given: Sequence[str]) -> dict[str, str]:
             print(f"{TRACKING} is of this machine and not passed on (--env {TRACKING} does)", file=sys.stderr)
         else:
             variables[TRACKING] = uri
+            if without_password(uri) != uri:
+                print(f"{TRACKING} goes along: whoever has the cluster's token can read its password", file=sys.stderr)
     for item in given:
         name, equals, value = item.partition("=")
         if not equals and name not in os.environ:
@@ -172,15 +174,15 @@ def connect(address: str | None) -> JobSubmissionClient:
 
     Raises:
         JobError: If nobody answers, or another version of Ray.
-        UsageError: If no address is known.
+        UsageError: If no address is known, or it is none of a dashboard.
     """
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
-    if address is not None:
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray's client prefers what the environment names
+    if named := address or os.environ.get("RAY_API_SERVER_ADDRESS"):
+        os.environ["RAY_API_SERVER_ADDRESS"] = address = _of_dashboard(named)
     elif not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
         raise UsageError("--address is missing: http://HOST:8265 of the cluster's head, or set RAY_API_SERVER_ADDRESS")
-    shown = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    shown = address or os.environ.get("RAY_ADDRESS")
     with plain_errors(shown):
         client = JobSubmissionClient()
     if (found := client._server_ray_version) != ray.__version__:  # asked by its constructor
@@ -188,12 +190,22 @@ def connect(address: str | None) -> JobSubmissionClient:
     return client
 
 
+def _of_dashboard(address: str) -> str:
+    """An address with its scheme: without one Ray would ask its own protocol, and wait a minute for an answer."""
+    scheme, is_url, _ = address.partition("://")
+    if not is_url and address != "auto":
+        return f"http://{address}"
+    if is_url and scheme not in ("http", "https"):
+        raise UsageError(f"--address {address}: must be http:// or https://, such as http://HOST:8265 of the head")
+    return address
+
+
 @contextmanager
 def plain_errors(address: str | None) -> Iterator[None]:
     """Say what went wrong with a cluster in one line."""
     try:
         yield
-    except (ConnectionError, requests.exceptions.RequestException) as error:
+    except (ConnectionError, requests.exceptions.RequestException, ray.exceptions.RpcError) as error:
         raise JobError(f"no Ray answers at {address}: is the address that of the head's dashboard (port 8265)?") from (
             error
         )

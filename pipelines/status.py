@@ -14,6 +14,7 @@ from ray.job_submission import JobSubmissionClient
 
 from pipelines import jobs
 from pipelines.tracking import RunSummary, TrackingError, latest_runs
+from yan_core.files import without_password
 
 HERE = "http://127.0.0.1:8265"
 """The dashboard of a head on this machine, or at the end of `ray dashboard` or `kubectl port-forward`."""
@@ -170,17 +171,18 @@ def queue_lines(prometheus: str | None) -> list[str]:
     address = prometheus or os.environ.get("RAY_PROMETHEUS_HOST")
     if not address:
         return ["waiting requests: name a Prometheus by --prometheus or RAY_PROMETHEUS_HOST"]
+    shown = without_password(address)
     try:
         answer = requests.get(f"{address.rstrip('/')}/api/v1/query", {"query": QUEUES}, timeout=TIMEOUT_S)
         answer.raise_for_status()
         series = answer.json()["data"]["result"]
         queues = {one["metric"].get("application", "?"): float(one["value"][1]) for one in series}
     except requests.exceptions.ConnectionError:
-        return [f"nobody answers at {address}, where Prometheus should"]
+        return [f"nobody answers at {shown}, where Prometheus should"]
     except (requests.exceptions.RequestException, KeyError, TypeError, ValueError) as error:
-        return [f"Prometheus at {address} does not answer: {_last_line(str(error))}"]
+        return [f"Prometheus at {shown} does not answer: {without_password(_last_line(str(error)))}"]
     told = ", ".join(f"{name} {size:g}" for name, size in sorted(queues.items())) or "none is known"
-    return [f"waiting requests: {told} (Prometheus at {address})"]
+    return [f"waiting requests: {told} (Prometheus at {shown})"]
 
 
 def run_lines(uri: str | None) -> list[str]:
@@ -194,8 +196,8 @@ def run_lines(uri: str | None) -> list[str]:
     except TrackingError as error:
         return [str(error)]
     if not runs:
-        return [f"none at {uri}"]
-    return [f"at {uri}", *aligned(run_rows(runs))]
+        return [f"none at {without_password(uri)}"]
+    return [f"at {without_password(uri)}", *aligned(run_rows(runs))]
 
 
 def run_rows(runs: Sequence[RunSummary]) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ import json
 import logging
 import logging.handlers
 import re
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -76,9 +77,11 @@ class Gate:
         line: dict[str, Any] = {"request_id": request_id}
         given_back = {"X-Request-ID": request_id} if self.gives_id else {}
         traceparent = headers.get("traceparent", "")
-        if trace := TRACEPARENT.fullmatch(traceparent):
-            line["trace_id"] = trace[1]
-            given_back["traceparent"] = traceparent
+        if not (trace := TRACEPARENT.fullmatch(traceparent)):
+            trace = TRACEPARENT.fullmatch(traceparent := f"00-{uuid.uuid4().hex}-{secrets.token_hex(8)}-00")
+            assert trace
+        line["trace_id"] = trace[1]
+        given_back["traceparent"] = traceparent
         scope.setdefault("state", {})["log"] = line
         status = CLIENT_GONE
 

@@ -27,6 +27,7 @@ NETWORK = "10.77.0"
 NAMES = ("head", "worker-1", "worker-2")
 ADDRESSES = {name: f"{NETWORK}.{11 + i}" for i, name in enumerate(NAMES)}
 BRIDGE = "yan-net"
+NETWORKS = Path("/sys/class/net")
 MACHINE = """set -e
 hostname {name}
 mount --bind {home}/hosts /etc/hosts
@@ -95,6 +96,19 @@ def _ended(pid: str) -> bool:
         return True
 
 
+def _running(folder: Path) -> dict[int, list[str]]:
+    """The first processes of a folder's machines, each with its children."""
+    pids = folder / "pids.json"
+    found: dict[int, list[str]] = {}
+    for pid in json.loads(pids.read_text()).values() if pids.is_file() else []:
+        try:
+            if b"unshare" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found[pid] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            continue
+    return found
+
+
 class Machines:
     """The machines, their files in `folder`; `user_home` is that of the person who launches."""
 
@@ -107,7 +121,13 @@ class Machines:
     # --- on and off ---------------------------------------------------------------------------------------------------
 
     def up(self) -> None:
-        """Start them; what an earlier call left is ended first, and what its machines shared stays."""
+        """Start them; what an earlier call left is ended first, and what its machines shared stays.
+
+        Raises:
+            RuntimeError: If machines of another folder run: they would lose their network.
+        """
+        if other := self._others():
+            raise RuntimeError(f"the machines of {other} run: `make machines-down` in that checkout first")
         self._end()
         for left in self.folder.glob("*"):
             if left.is_dir() and left != self.shared:
@@ -117,6 +137,7 @@ class Machines:
         self.shared.mkdir(parents=True, exist_ok=True)
         self._write_secrets()
         call("ip", "link", "add", BRIDGE, "type", "bridge")
+        call("ip", "link", "set", BRIDGE, "alias", str(self.folder))
         call("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
         call("ip", "link", "set", BRIDGE, "up")
         pids = {name: self._start(name) for name in NAMES}
@@ -129,21 +150,24 @@ class Machines:
         self._end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _others(self) -> Path | None:
+        """Folder of other machines, if the network is theirs and they run."""
+        try:
+            owner = Path((NETWORKS / BRIDGE / "ifalias").read_text().strip())
+        except OSError:
+            return None
+        return owner if owner != self.folder and _running(owner) else None
+
     def _end(self) -> None:
-        pids = self.folder / "pids.json"
         ending = []
-        for pid in json.loads(pids.read_text()).values() if pids.is_file() else []:
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            except OSError:
-                continue
-            if b"unshare" in command:  # its children end with it
-                os.kill(pid, signal.SIGKILL)
-                ending += children
+        for pid, children in _running(self.folder).items():
+            os.kill(pid, signal.SIGKILL)  # its children end with it
+            ending += children
         deadline = time.monotonic() + 30
         while not all(map(_ended, ending)) and time.monotonic() < deadline:  # or they write into what is deleted
             time.sleep(0.1)
+        if self._others():
+            return
         for i, name in enumerate(NAMES):
             call("ip", "link", "delete", f"yan-{i}", check=False)
             call("ip", "netns", "delete", f"yan-{name}", check=False)
@@ -296,7 +320,10 @@ def main() -> None:
         machines.down()
         print(f"{machines.folder} is deleted, with the runs, models and MLflow that the machines shared")
         return
-    machines.up()
+    try:
+        machines.up()
+    except RuntimeError as error:
+        sys.exit(f"machines: {error}")
     print(f"{', '.join(f'{name} {address}' for name, address in ADDRESSES.items())}: ray up --yes {machines.file}")
 
 

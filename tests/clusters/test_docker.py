@@ -106,3 +106,24 @@ def test_a_login_shell_finds_what_the_image_installs(tmp_path: Path):
     command = ["bash", "-c", f'PATH=/usr/local/bin:/usr/bin:/bin; . {file}; echo "$PATH"']
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert path == "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin\n"
+
+
+def test_yan_is_typed_in_the_image_as_elsewhere(tmp_path: Path):
+    """It runs the code of the folder that it is typed in, where there is some."""
+    (write,) = re.findall(r"^RUN (printf .* > /usr/local/bin/yan) && chmod 755", STAGES["node"], flags=re.M)
+    script = tmp_path / "yan"
+    subprocess.run(["sh", "-c", write.replace("/usr/local/bin/yan", str(script))], check=True)
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/__init__.py").touch()
+    (tmp_path / "pipelines/__main__.py").write_text("import sys; print(sys.argv[1:])")
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    command = ["sh", str(script), "train", "--name", "a b"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "['train', '--name', 'a b']\n"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_image_knows_the_commit_of_its_code_and_of_no_other(target: str):
+    """By a file beside the code: a variable would be told of whatever code a job brings."""
+    assert re.search(r"ARG YAN_COMMIT=unknown\nRUN .*write_commit\(\)", STAGES[target])
+    assert not re.search(r"ENV .*YAN_COMMIT", TEXT)

@@ -1,5 +1,7 @@
 """What the machines of this one leave and keep; without namespaces, which are for test_launched.py."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +44,30 @@ def test_up_again_starts_anew_and_keeps_what_is_shared(place: Machines, monkeypa
     called(monkeypatch, "up")
     assert model.read_text() == "{}" and place.serve_file.read_text() == "changed: by somebody"
     assert not old.exists() and place.api_key != key
+
+
+def test_machines_of_another_folder_keep_their_network(
+    place: Machines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Names of networks are one machine's: a second checkout, or the tests, would take them away."""
+    called_for: list[tuple[str, ...]] = []
+    monkeypatch.setattr(machines, "call", lambda *command, check=True: called_for.append(command))
+    monkeypatch.setattr(machines, "NETWORKS", tmp_path)
+    other = tmp_path / "other"
+    for folder in (other, tmp_path / machines.BRIDGE):
+        folder.mkdir()
+    (tmp_path / machines.BRIDGE / "ifalias").write_text(f"{other}\n")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (other / "pids.json").write_text(json.dumps({"head": process.pid}))
+        read = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda file: read(file).replace(b"sleep", b"unshare"))
+        with pytest.raises(SystemExit, match=f"the machines of {other} run"):
+            called(monkeypatch, "up")
+        called(monkeypatch, "down")
+        assert called_for == []
+        process.kill()
+    called(monkeypatch, "up")  # those that have ended are in nobody's way
+    assert ("ip", "link", "set", machines.BRIDGE, "alias", str(place.folder)) in called_for
 
 
 def test_down_deletes_all_and_says_so(

@@ -1,8 +1,11 @@
 """The MLflow server of a team."""
 
 import copy
+import json
 import re
 import shlex
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,38 @@ def test_secrets_come_from_the_environment_and_must_be_set(file):
         for name, value in service.get("environment", {}).items():
             if re.search("PASSWORD|SECRET|ACCESS_KEY", name) or "://mlflow:" in str(value):
                 assert re.search(r"\$\{\w+:\?", value), name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.parent.name)
+def test_no_file_is_to_be_written_into_a_root_that_is_read_only(file):
+    """Compose writes a config or secret of `content` or `environment` there, and the container does not start."""
+    config = yaml.safe_load(file.read_text())
+    kinds = [kind for part in ("configs", "secrets") for kind in config.get(part, {}).values()]
+    assert not [kind for kind in kinds if "content" in kind or "environment" in kind]
+
+
+def test_the_account_of_the_file_store_is_what_the_environment_says(tmp_path: Path):
+    """Its script is run with a stand-in of `weed`, which shows the file that it is told of."""
+    service = COMPOSE["services"]["files"]
+    (script,) = service["command"]
+    weed = tmp_path / "weed"
+    weed.write_text(
+        f'#!/bin/sh\nset -e\necho "$@" > {tmp_path}/told\nls -l {tmp_path}/s3.json\ncat {tmp_path}/s3.json\n'
+    )
+    weed.chmod(0o755)
+    done = subprocess.run(
+        [*service["entrypoint"], script.replace("$$", "$").replace("/tmp/", f"{tmp_path}/")],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "S3_ACCESS_KEY": "ab12", "S3_SECRET_KEY": "cd34"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    mode, _, config = done.stdout.partition("\n")
+    (account,) = json.loads(config)["identities"]
+    assert mode.startswith("-rw-------") and account["credentials"] == [{"accessKey": "ab12", "secretKey": "cd34"}]
+    assert f"-s3.config={tmp_path}/s3.json" in (tmp_path / "told").read_text()
+    assert "/tmp" in service["tmpfs"] and {"S3_ACCESS_KEY", "S3_SECRET_KEY"} == set(service["environment"])
 
 
 def commands() -> list[list[str]]:

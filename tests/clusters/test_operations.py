@@ -137,10 +137,39 @@ def test_mlflows_passwords_are_made_once_and_for_their_owner_alone(tmp_path: Pat
 TABLES = re.findall(r"^\|[^\n]*\| stands behind it \|\n\|[-|]+\|\n((?:\|[^\n]*\n)+)", TEXT, flags=re.M)
 
 
+PROGRAM = r"(?:ray|serve|yan) [\w-]+|pg_\w+|mlflow gc|for node in HEAD WORKER"
+"""What a command of the page begins with."""
+
+
+def run_by(name: str, command: str) -> bool:
+    """Whether a test has a command's words in it, or reads the command itself off the page."""
+    (file,) = [f for f in (ROOT / "tests").rglob(Path(name).name) if name in f.as_posix()]
+    source = file.read_text()
+    words = command.split()
+    listed = re.search(rf'"{words[0]}",\s*"{words[-1]}"', source)  # as subprocess and `yan(...)` take them
+    called = words[0] == "yan" and re.search(rf'\b(?:yan|main)\(\[?"{words[-1]}"', source)
+    return bool(command in source or listed or called or (f"{words[-1]} " in source and "five_commands()" in source))
+
+
 @pytest.mark.parametrize("row", [row for table in TABLES for row in table.splitlines()])
-def test_row_names_its_test_or_wants_a_cloud(row: str):
-    behind = row.rstrip("|").rpartition("|")[2]
-    assert re.search(r"\btests?\b.*`\S*test_\w+\.py`|\bcloud\b", behind)
+def test_row_names_a_test_that_runs_its_command_or_wants_a_cloud(row: str):
+    what, _, behind = row.strip("|").replace("\\|", "").rpartition("|")
+    tests = re.findall(r"`(\S*test_\w+\.py)`", behind)
+    commands = [
+        c for code in re.findall(r"`([^`]+)`", what.partition("|")[2]) for c in re.findall(rf"^{PROGRAM}", code)
+    ]
+    if re.search(r"\btests?\b", behind):
+        assert tests
+        for command in commands:
+            assert any(run_by(test, command) for test in tests) or "cloud" in behind, command
+    else:
+        assert re.search(r"\bcloud\b", behind)
+
+
+def test_a_test_that_does_not_run_the_command_is_told():
+    assert not run_by("tests/clusters/test_docker.py", "serve deploy")
+    assert not run_by("test_machines.py", "mlflow gc")
+    assert run_by("test_launched.py", "ray dashboard") and run_by("tests/pipelines/test_status.py", "yan status")
 
 
 @pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", TEXT, flags=re.S))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 import yaml
 from ray.job_submission import JobStatus
 
@@ -137,7 +138,9 @@ def test_environment_is_what_was_named(monkeypatch: pytest.MonkeyPatch):
 def test_a_tracking_store_of_this_machine_is_passed_on_only_if_asked(uri, passed, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert ("MLFLOW_TRACKING_URI" in jobs.environment([])) == passed
-    assert ("not passed on (--env MLFLOW_TRACKING_URI does)" in capsys.readouterr().err) != passed
+    told = capsys.readouterr().err
+    assert ("not passed on (--env MLFLOW_TRACKING_URI does)" in told) != passed
+    assert ("can read its password" in told) == ("word@" in uri) and "word@" not in told
     assert jobs.environment(["MLFLOW_TRACKING_URI"])["MLFLOW_TRACKING_URI"] == uri
 
 
@@ -161,6 +164,31 @@ def test_nobody_at_the_address_is_one_line(capsys, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     assert main(["jobs"]) == 2
     assert "--address is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "message"),
+    [
+        ("127.0.0.1:{}", 1, r"no Ray answers at http://127.0.0.1:\d+: "),
+        (
+            "ray://127.0.0.1:{}",
+            2,
+            r"--address ray://127.0.0.1:\d+: must be http:// or https://, such as http://HOST:8265",
+        ),
+    ],
+)
+def test_address_that_is_not_that_of_a_dashboard_is_said_at_once(address, status, message, capsys, monkeypatch):
+    """Ray would ask its own protocol for a minute, and end in a traceback."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # left as it was by monkeypatch
+    assert main(["jobs", "--address", address.format(free_port())]) == status
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_cluster_of_another_ray_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setattr(jobs, "JobSubmissionClient", lambda: SimpleNamespace(_server_ray_version="2.9.0"))
+    with pytest.raises(jobs.JobError, match=f"at http://head:8265 runs Ray 2.9.0, this machine {ray.__version__}"):
+        jobs.connect("http://head:8265")
 
 
 DRIVER = """

@@ -144,6 +144,13 @@ def test_store_that_is_not_there_is_said_and_not_made(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_passwords_are_not_on_the_screen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(status, "latest_runs", lambda uri, most: [])
+    told = [*status.run_lines("postgresql://m:s3cret@h/m"), *status.queue_lines("http://u:s3cret@127.0.0.1:1")]
+    assert told[0] == "none at postgresql://m:***@h/m" and "http://u:***@127.0.0.1:1" in told[1]
+    assert "s3cret" not in str(told)
+
+
 def test_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port()}"

@@ -22,6 +22,7 @@ import openai
 import pytest
 import ray
 
+from serve.gate import TRACEPARENT
 from serve.launch import LaunchError, running_server, start_local_ray
 from serve.schemas import AppArgs
 from tests.serve.conftest import save_tiny
@@ -213,11 +214,16 @@ def test_a_client_that_leaves_is_seen_and_its_work_ends(server):
 
 
 @pytest.mark.parametrize(
-    "body, own", [({"source": QUESTION}, {}), ({"source": ""}, {}), ({"source": QUESTION}, {"X-Request-ID": 'a"} {b'})]
+    "body, own",
+    [
+        ({"source": QUESTION}, {}),
+        ({"source": ""}, {}),
+        ({"source": QUESTION}, {"X-Request-ID": 'a"} {b'}),
+        ({"source": QUESTION}, {"traceparent": "00-none"}),
+    ],
 )
 def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body, own):
-    trace = uuid.uuid4().hex
-    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace}-00f067aa0ba902b7-01", **own}
+    headers = {"Content-Type": "application/json", "traceparent": f"00-{uuid.uuid4().hex}-00f067aa0ba902b7-01", **own}
     headers["Authorization"] = f"Bearer {KEY}"
     request = urllib.request.Request(f"{server.url}/v1/generate", json.dumps(body).encode(), headers)
     try:
@@ -225,6 +231,7 @@ def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body, 
     except urllib.error.HTTPError as error:
         answered = error.headers
     (told,) = answered.get_all("X-Request-ID") or [""]  # one, not Serve's and ours
+    trace = answered["traceparent"].split("-")[1]
     deadline = time.monotonic() + 30  # the line is written when the answer has gone
     while not (lines := [line for line in server.access_log.read_text().splitlines() if trace in line]):
         assert time.monotonic() < deadline
@@ -232,7 +239,10 @@ def test_one_id_and_one_trace_from_request_to_replica_to_log_line(server, body, 
     (line,) = map(json.loads, lines)
     assert (line["request_id"], line["trace_id"]) == (told, trace)
     assert told == own.get("X-Request-ID", told)
-    assert answered["traceparent"] == headers["traceparent"]
+    if headers["traceparent"] == "00-none":  # a trace begins here
+        assert TRACEPARENT.fullmatch(answered["traceparent"])
+    else:
+        assert answered["traceparent"] == headers["traceparent"]
 
 
 def test_the_access_log_names_the_key_and_no_prompt(server):
