@@ -110,11 +110,15 @@ def _running(folder: Path) -> dict[int, list[str]]:
 
 
 class Machines:
-    """The machines, their files in `folder`; `user_home` is that of the person who launches."""
+    """The machines: `folder` has what a person needs of them, `homes` their own files; `user_home` is the person's.
+
+    The homes are not in the checkout: `ray up` reads every file of it for a hash, and they hold sockets.
+    """
 
     def __init__(self, folder: Path, user_home: Path) -> None:
         self.folder, self.user_home = folder.resolve(), user_home
         self.root = Path(pwd.getpwuid(os.getuid()).pw_dir)
+        self.homes = user_home / ".yan/machines"
         self.shared, self.key = self.folder / "shared", self.folder / "key"
         self.file, self.serve_file = self.folder / "cluster.yaml", self.shared / "serve.yaml"
 
@@ -126,9 +130,9 @@ class Machines:
         Raises:
             RuntimeError: If machines of another folder run: they would lose their network.
         """
-        if other := self._others():
-            raise RuntimeError(f"the machines of {other} run: `make machines-down` in that checkout first")
+        self._refuse_others()
         self._end()
+        shutil.rmtree(self.homes, ignore_errors=True)
         for left in self.folder.glob("*"):
             if left.is_dir() and left != self.shared:
                 shutil.rmtree(left)
@@ -146,17 +150,24 @@ class Machines:
         write_commit()  # `ray up` copies the code without its history
 
     def down(self) -> None:
-        """End them with every process in them, and delete all their files: those that they share too."""
-        self._end()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """End them with every process in them, and delete all their files: those that they share too.
 
-    def _others(self) -> Path | None:
-        """Folder of other machines, if the network is theirs and they run."""
+        Raises:
+            RuntimeError: If machines of another folder run: theirs are the homes.
+        """
+        self._refuse_others()
+        self._end()
+        for left in (self.homes, self.folder):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _refuse_others(self) -> None:
+        """Raise if the network is that of machines of another folder, and they run."""
         try:
             owner = Path((NETWORKS / BRIDGE / "ifalias").read_text().strip())
         except OSError:
-            return None
-        return owner if owner != self.folder and _running(owner) else None
+            return
+        if owner != self.folder and _running(owner):
+            raise RuntimeError(f"the machines of {owner} run: `make machines-down` in that checkout first")
 
     def _end(self) -> None:
         ending = []
@@ -166,8 +177,6 @@ class Machines:
         deadline = time.monotonic() + 30
         while not all(map(_ended, ending)) and time.monotonic() < deadline:  # or they write into what is deleted
             time.sleep(0.1)
-        if self._others():
-            return
         for i, name in enumerate(NAMES):
             call("ip", "link", "delete", f"yan-{i}", check=False)
             call("ip", "netns", "delete", f"yan-{name}", check=False)
@@ -183,7 +192,7 @@ class Machines:
         call(*inside, "address", "add", f"{ADDRESSES[name]}/24", "dev", "eth0")
         call(*inside, "link", "set", "eth0", "up")
         call(*inside, "route", "add", "default", "via", f"{NETWORK}.1")
-        home = self.folder / name / "home"
+        home = self.homes / name / "home"
         tmp = home / ".tmp"
         self._fill(name, home)
         tmp.mkdir()
@@ -195,7 +204,7 @@ class Machines:
                     keep += [f"mkdir -p {place}", f"mount --bind {prefix} {place}"]
         script = MACHINE.format(name=name, home=home, shared=self.shared, root=self.root, keep="\n".join(keep))
         spaces = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with (self.folder / name / "log").open("w") as log:
+        with (self.homes / name / "log").open("w") as log:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", space, "unshare", *spaces, "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
@@ -206,7 +215,7 @@ class Machines:
                 env={"PATH": f"{os.environ['PATH']}:/usr/sbin", "HOME": str(self.root), "LANG": "C.UTF-8"},
             )
         deadline = time.monotonic() + 30
-        while "Server listening" not in (said := (self.folder / name / "log").read_text()):
+        while "Server listening" not in (said := (self.homes / name / "log").read_text()):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"machine {name} does not start: {said}")
             time.sleep(0.1)
@@ -316,11 +325,11 @@ def main() -> None:
     machines = Machines(ROOT / "runs/machines", Path.home())
     if reason := missing():
         sys.exit(f"machines: {reason}")
-    if word == "down":
-        machines.down()
-        print(f"{machines.folder} is deleted, with the runs, models and MLflow that the machines shared")
-        return
     try:
+        if word == "down":
+            machines.down()
+            print(f"{machines.folder} is deleted, with the runs, models and MLflow that the machines shared")
+            return
         machines.up()
     except RuntimeError as error:
         sys.exit(f"machines: {error}")

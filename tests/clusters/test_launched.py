@@ -131,10 +131,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
         if tunnel is not None:
             tunnel.terminate()
             tunnel.wait(30)
-        logs = sorted(launched.machines.folder.glob("*/log"))
+        logs = sorted(launched.machines.homes.glob("*/log"))
         print("".join(log.read_text()[-500:] for log in logs))
         launched.shell("make machines-down")
-        assert not launched.machines.folder.exists()
+        assert not launched.machines.folder.exists() and not launched.machines.homes.exists()
 
 
 def test_five_commands_end_in_an_answer(cluster: Launched):

@@ -16,7 +16,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     """Machines that have files and no network, nor processes."""
 
     def start(self: Machines, name: str) -> int:
-        (self.folder / name / "home").mkdir(parents=True)
+        (self.homes / name / "home").mkdir(parents=True)
         return 2**30  # no process has such an id
 
     monkeypatch.setattr(machines, "call", lambda *command, check=True: None)
@@ -35,7 +35,7 @@ def called(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
 
 def test_up_again_starts_anew_and_keeps_what_is_shared(place: Machines, monkeypatch: pytest.MonkeyPatch):
     called(monkeypatch, "up")
-    model, old = place.shared / "world/model/config.json", place.folder / "head/home/yan/old.py"
+    model, old = place.shared / "world/model/config.json", place.homes / "head/home/yan/old.py"
     for file in (model, old):
         file.parent.mkdir(parents=True)
         file.write_text("{}")
@@ -63,7 +63,8 @@ def test_machines_of_another_folder_keep_their_network(
         monkeypatch.setattr(Path, "read_bytes", lambda file: read(file).replace(b"sleep", b"unshare"))
         with pytest.raises(SystemExit, match=f"the machines of {other} run"):
             called(monkeypatch, "up")
-        called(monkeypatch, "down")
+        with pytest.raises(SystemExit, match=f"the machines of {other} run"):
+            called(monkeypatch, "down")
         assert called_for == []
         process.kill()
     called(monkeypatch, "up")  # those that have ended are in nobody's way
@@ -76,6 +77,6 @@ def test_down_deletes_all_and_says_so(
     called(monkeypatch, "up")
     (place.shared / "mlflow.db").touch()
     called(monkeypatch, "down")
-    assert not place.folder.exists()
+    assert not place.folder.exists() and not place.homes.exists()
     said = capsys.readouterr().out.splitlines()[-1]
     assert f"{place.folder} is deleted" in said and "runs, models and MLflow" in said
