@@ -180,7 +180,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.ERROR)
     if named := address or os.environ.get("RAY_API_SERVER_ADDRESS"):
         os.environ["RAY_API_SERVER_ADDRESS"] = address = _of_dashboard(named)
-    elif not (os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
+    elif not os.environ.get("RAY_ADDRESS"):
         raise UsageError("--address is missing: http://HOST:8265 of the cluster's head, or set RAY_API_SERVER_ADDRESS")
     shown = address or os.environ.get("RAY_ADDRESS")
     with plain_errors(shown):

@@ -76,12 +76,9 @@ class Gate:
             request_id = uuid.uuid4().hex
         line: dict[str, Any] = {"request_id": request_id}
         given_back = {"X-Request-ID": request_id} if self.gives_id else {}
-        traceparent = headers.get("traceparent", "")
-        if not (trace := TRACEPARENT.fullmatch(traceparent)):
-            trace = TRACEPARENT.fullmatch(traceparent := f"00-{uuid.uuid4().hex}-{secrets.token_hex(8)}-00")
-            assert trace
-        line["trace_id"] = trace[1]
-        given_back["traceparent"] = traceparent
+        trace = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+        line["trace_id"] = trace_id = trace[1] if trace else uuid.uuid4().hex
+        given_back["traceparent"] = trace[0] if trace else f"00-{trace_id}-{secrets.token_hex(8)}-00"
         scope.setdefault("state", {})["log"] = line
         status = CLIENT_GONE
 
