@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from serve.gate import TRACEPARENT
 from serve.schemas import GenerateResponse
 from tests.serve.conftest import save_tiny
 
@@ -438,11 +439,13 @@ def test_one_id_from_request_to_answer_to_log_line_whatever_the_answer(start, tm
         ('"}\t{', False),
     ],
 )
-def test_trace_that_is_none_is_not_logged(start, tmp_path, header: str, known: bool):
+def test_trace_that_is_none_is_not_logged_and_another_begins(start, tmp_path, header: str, known: bool):
     file = tmp_path / "access.jsonl"
     answer = start(access_log=str(file)).get("/healthz", headers={"traceparent": header})
     assert answer.status_code == 200
-    assert ("trace_id" in json.loads(file.read_text())) == known == ("traceparent" in answer.headers)
+    told, logged = answer.headers["traceparent"], json.loads(file.read_text())["trace_id"]
+    assert TRACEPARENT.fullmatch(told) and told.split("-")[1] == logged
+    assert (told == header) == known == (logged in header)
 
 
 def test_metrics_count_what_was_done(start):
