@@ -15,8 +15,10 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
 
 from serve.auth import keep_keys, keys_file, load_keys, refuse_open_server
 from serve.engine import Engine
@@ -135,7 +137,7 @@ async def named_elsewhere(address: str) -> str:
     try:
         async with asyncio.timeout(SIBLING_S):
             return await handle.named_by.remote(address)
-    except Exception as error:
+    except (TimeoutError, RayError, RayServeException) as error:
         logger.info("no other replica says what it serves as %s: %r", address, error)
         return ""
 
