@@ -53,6 +53,7 @@ def test_copy_that_was_changed_since_says_so(copy: Path):
 
 def test_what_a_checkout_writes_its_copy_reads(copy: Path):
     ask = ["git", "-C", str(copy.parents[1]), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (copy.parents[1] / ".gitignore").write_text("__pycache__/\n")
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
         subprocess.run([*ask, *words], check=True, timeout=60)
     checkout = load(copy)
