@@ -12,108 +12,13 @@ import os
 import re
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
-from yan_core.config import Method, Ranking, RunConfig, SamplingConfig, from_dict, to_dict
+from pipelines.arguments import UsageError, parse_config
+from yan_core.config import Method, Ranking, RunConfig, SamplingConfig, to_dict
 from yan_core.files import code_description, write_file
-
-
-class UsageError(ValueError):
-    """The command line cannot be understood."""
-
-
-# --- configs ----------------------------------------------------------------------------------------------------------
-
-
-def config_parser(command: str) -> Any:
-    """A jsonargparse parser of `RunConfig`: `--config FILE` and dotted overrides, help from the docstrings."""
-    import jsonargparse
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(message) from ex
-
-    parser = Parser(prog=f"yan {command}", exit_on_error=True, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with what differs from the defaults")
-    parser.add_class_arguments(RunConfig, as_group=False)
-    return parser
-
-
-def dotted_keys(values: Any, where: str = "") -> list[str]:
-    """All dotted keys of nested settings."""
-    if not isinstance(values, dict):
-        return [where]
-    return [k for name, value in values.items() for k in dotted_keys(value, f"{where}.{name}" if where else name)]
-
-
-def parse_config(command: str, args: Sequence[str]) -> RunConfig:
-    """A run's config from `--config FILE` and dotted overrides.
-
-    Raises:
-        UsageError: On a missing file, an unknown key (the nearest is offered) or a wrong value.
-    """
-    for place, arg in enumerate(args):
-        path = arg.removeprefix("--config=") if arg.startswith("--config=") else None
-        path = args[place + 1] if arg == "--config" and place + 1 < len(args) else path
-        if path is not None and not Path(path).is_file():
-            near = sorted(str(p) for p in Path(__file__).parent.joinpath("configs").glob("*.yaml"))
-            raise UsageError(f"--config: no file {path!r}. Shipped configs: {', '.join(map(os.path.relpath, near))}")
-        if path is not None:
-            _check_yaml(path)
-    parser = config_parser(command)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jsonargparse announces its own future changes
-        try:
-            values = parser.parse_args(list(args)).as_dict()
-        except UsageError as error:
-            raise UsageError(_in_our_words(str(error))) from error
-    values.pop("config", None)
-    return from_dict(RunConfig, _plain(values))
-
-
-def _check_yaml(path: str) -> None:
-    """Say which file cannot be read, and where; jsonargparse tells the place in an unnamed text."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} must be YAML: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """jsonargparse's namespaces as dictionaries."""
-    if hasattr(value, "as_dict"):
-        value = value.as_dict()
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _in_our_words(message: str) -> str:
-    """jsonargparse's message, of a wrong type in our words and of an unknown key with the nearest known one."""
-    wrong = re.search(r'Parser key "([\w.]+)":\s+Expected a (.+)\. Got value: (.*)', message)
-    if wrong:
-        kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2]))
-        return f"{wrong[1]}: must be {kind}, got {wrong[3]}"
-    known = dotted_keys(to_dict(RunConfig()))
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if in_group:
-        names = [f"{in_group[1]}.{in_group[2]}"]
-    else:
-        words = [w.strip("'\",.:") for w in message.replace("=", " ").split()]
-        names = [w.removeprefix("--") for w in words] if re.search("unrecognized|not accept", message) else []
-    for name in names:
-        if name and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
-                k for k in known if difflib.get_close_matches(name.split(".")[-1], [k.split(".")[-1]], n=1, cutoff=0.75)
-            ]
-            if near:
-                return f"{message.strip()}\nDid you mean {near[0]}?"
-    return message.strip()
-
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -328,16 +233,31 @@ def _serve(args: list[str]) -> int:
 
     # Named as strings: pipelines never imports serve but here.
     launch, schemas = importlib.import_module("serve.launch"), importlib.import_module("serve.schemas")
-    app_args = schemas.AppArgs(
-        model=chosen.model,
-        num_replicas=chosen.replicas,
-        num_steps=chosen.num_steps,
-        tracking_uri=chosen.tracking_uri or _default_registry(),
-        use_gpu=chosen.gpu,
-        **given,
-    )
+    try:
+        app_args = schemas.AppArgs(
+            model=chosen.model,
+            num_replicas=chosen.replicas,
+            num_steps=chosen.num_steps,
+            tracking_uri=chosen.tracking_uri or _default_registry(),
+            use_gpu=chosen.gpu,
+            **given,
+        )
+    except ValueError as error:
+        raise UsageError(_by_option(error, schemas.AppArgs.model_fields)) from error
     launch.serve_blocking(app_args, chosen.host, chosen.port, chosen.address)
     return 0
+
+
+def _by_option(error: Any, fields: Iterable[str]) -> str:
+    """The first of pydantic's errors about the app's arguments, with the options' names for the fields'."""
+    first = error.errors(include_url=False)[0]
+    said = re.sub("^Value error, ", "", first["msg"]).replace("Input should be", "must be")
+    said = f"{first['loc'][0]} {said}, got {first['input']!r}" if first["loc"] else said
+    own = {"num_replicas": "--replicas", "use_gpu": "--gpu", "api_keys_file": "--api-keys"}
+    for field in fields:
+        if "_" in field or field in first["loc"]:
+            said = re.sub(rf"\b{field}\b", own.get(field, f"--{field.replace('_', '-')}"), said)
+    return said
 
 
 def _default_registry() -> str:

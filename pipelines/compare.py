@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from pipelines.cli import UsageError, parse_config
+from pipelines.arguments import UsageError, parse_config
 from pipelines.cluster import ray_session
 from pipelines.compute import training_flops
 from pipelines.contestants import (

@@ -26,7 +26,7 @@ import yaml
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import yan_core
-from pipelines.cli import UsageError, parse_config
+from pipelines.arguments import UsageError, parse_config
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset

@@ -417,7 +417,7 @@ def main(args: Sequence[str]) -> int:
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", type=float, default=None, help=f"default: that of --hardware ({field.name})")
     chosen = parser.parse_args(args)
-    from pipelines.cli import UsageError, parse_config
+    from pipelines.arguments import UsageError, parse_config
 
     if min(chosen.gpus) < 1 or chosen.tokens <= 0:
         raise UsageError("--gpus and --tokens must be above 0")

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli import parse_config
+from pipelines.arguments import parse_config
 from pipelines.evaluation import Quality
 from pipelines.prepare import open_prepared
 from pipelines.progress import say

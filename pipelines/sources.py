@@ -136,7 +136,9 @@ def find_dataset(data: DataConfig, name: str) -> DatasetConfig:
     """
     known = {**BUILT_IN, **data.datasets}
     if name not in known:
-        raise ValueError(unknown_name("data.dataset", name, list(known)))
+        used = {"data.dataset": data.dataset, "data.corpus": data.corpus}
+        key = next((key for key, value in used.items() if value == name), "data.mixture")
+        raise ValueError(unknown_name(key, name, list(known)))
     return known[name]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines.cli import UsageError, parse_config
+from pipelines.arguments import UsageError, parse_config
 from pipelines.cluster import quiet_ray, ray_session
 from pipelines.evaluation import answer_rows, score_rows
 from pipelines.folders import run_lock

@@ -24,12 +24,14 @@ def check_folder(folder: str | Path) -> None:
     """Look for a model before it is read.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or none in safetensors: what is pickled is not read.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"no model at {folder}: name a folder as transformers saves it, with config.json, weights, tokenizer"
         )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no weights in safetensors: save the model anew with today's transformers")
 
 
 def _load(folder: str | Path, kind: str, device: str) -> tuple[Any, Any, int]:
@@ -41,7 +43,8 @@ def _load(folder: str | Path, kind: str, device: str) -> tuple[Any, Any, int]:
         raise ImportError(f"BERTScore and perplexity need transformers; {remedy}", name=error.name) from error
     check_folder(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    kinds = getattr(transformers, kind)
+    model = kinds.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     longest = min(
         tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     )

@@ -296,7 +296,7 @@ def _pack(args: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--limit-mb", type=float, default=40.0, help="megabytes that the pack may take")
     chosen, settings = parser.parse_known_args(args)
-    from pipelines.cli import parse_config
+    from pipelines.arguments import parse_config
     from pipelines.cluster import ray_session
     from pipelines.run import prepare_step, run_lock
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.cli import UsageError
+from pipelines.arguments import UsageError
 from pipelines.geometry.flows import SOLVER_STEPS, TRAININGS, Job, Settings, Trained, fresh_model, train_all
 from pipelines.geometry.pictures import picture_of_distances, picture_of_points
 from pipelines.geometry.points import DATA_SETS

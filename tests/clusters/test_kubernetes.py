@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
 
-from pipelines.cli import parse_config
+from pipelines.arguments import parse_config
 from tests.clusters.checks import CLUSTERS, ROOT, documents, kubernetes_errors
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -11,7 +11,8 @@ from typing import Any
 import click
 import pytest
 
-from pipelines.cli import COMMANDS, parse_config
+from pipelines.arguments import parse_config
+from pipelines.cli import COMMANDS
 from tests.clusters.checks import CLUSTERS, ROOT, documents
 from tests.clusters.machines import PROGRAMS
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.cli import COMMANDS, UsageError, main, parse_config
+from pipelines.arguments import UsageError, parse_config
+from pipelines.cli import COMMANDS, main
 from yan_core.config import RunConfig, from_dict, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines" / "configs").glob("*.yaml"))
@@ -91,6 +92,21 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
         parse_config("run", ["--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    "text, got", [("", "nothing"), ("# name: mine\n", "nothing"), ("- name\n- mine\n", "a list: ")]
+)
+def test_a_file_without_settings_is_named_with_what_it_may_hold(tmp_path, text, got):
+    file = tmp_path / "empty.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=rf"--config {file} must hold settings by their keys.*`name: mine`, got {got}"):
+        parse_config("run", ["--config", str(file)])
+
+
+def test_a_folder_is_no_config(tmp_path):
+    with pytest.raises(UsageError, match=rf"--config {tmp_path} is a folder: name a YAML file"):
+        parse_config("run", ["--config", str(tmp_path)])
+
+
 def test_a_missing_config_lists_the_shipped_ones():
     with pytest.raises(UsageError, match=r"no file 'nowhere.yaml'.*world.yaml"):
         parse_config("run", ["--config", "nowhere.yaml"])
@@ -103,7 +119,15 @@ def test_a_missing_config_lists_the_shipped_ones():
         (["run", "--nmae", "x"], 2, "Did you mean name"),
         (["evaluate", "--model", "nowhere", "--config", str(CONFIGS[0]), "--data", "x"], 1, "not a YAN model"),
         (["serve", "--model", "nowhere"], 1, "not a YAN model"),
-        (["prepare", "--runs_dir", "/dev/null"], 1, "/dev/null/world cannot be made and written to: Not a directory"),
+        (["serve", "--model", "m", "--replicas", "0"], 2, "--replicas must be >= 1 without --max-replicas, got 0"),
+        (["serve", "--model", "m", "--num-steps", "10000"], 2, "--num-steps must be less than or equal to "),
+        (["run"], 2, "which run? --config FILE says it (shipped: "),
+        (["train", "--seed", "2"], 2, "or --name NAME with the defaults"),
+        (
+            ["prepare", "--name", "world", "--runs_dir", "/dev/null"],
+            1,
+            "/dev/null/world cannot be made and written to: Not a directory",
+        ),
         (
             ["plan", "--config", str(CONFIGS[0]), "--gpus", "1", "--tokens", "1", "--constants", "nowhere.json"],
             2,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import pipelines
-from pipelines.cli import UsageError, main, parse_config
+from pipelines.arguments import UsageError, parse_config
+from pipelines.cli import main
 from pipelines.cluster import ray_session
 from pipelines.compare import CONTESTANTS, Contestant, compare, entered, merged, read_variants, with_compute
 from pipelines.compute import step_flops, training_flops

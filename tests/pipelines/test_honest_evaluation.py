@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import yan_core
-from pipelines.cli import main, parse_config
+from pipelines.arguments import parse_config
+from pipelines.cli import main
 from pipelines.contestants import CONTESTANTS, entered, flow_parameters, measure_speeds
 from pipelines.documents import KeepOut
 from pipelines.encode import text_row

@@ -15,7 +15,8 @@ import yaml
 from ray.job_submission import JobStatus
 
 from pipelines import jobs
-from pipelines.cli import UsageError, main, parse_config
+from pipelines.arguments import UsageError, parse_config
+from pipelines.cli import main
 from pipelines.jobs import STOP_WAIT_S
 from tests.clusters.conftest import free_port
 from tests.pipelines.conftest import ON_A_HEAD, yan

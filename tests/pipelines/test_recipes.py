@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.cli import parse_config
+from pipelines.arguments import parse_config
 from pipelines.encode import text_row
 from pipelines.listing import locate
 from pipelines.sources import fields_of, open_source, value_at

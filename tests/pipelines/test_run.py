@@ -171,6 +171,15 @@ def test_mistakes_of_a_config_are_found_before_anything_starts(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "key, data",
+    [("dataset", {"dataset": "wrold"}), ("corpus", {"corpus": "wrold"}), ("mixture", {"mixture": {"wrold": {}}})],
+)
+def test_a_data_set_that_there_is_not_is_told_by_the_key_that_names_it(key, data):
+    with pytest.raises(ValueError, match=rf"^data.{key}: unknown name 'wrold'; did you mean 'world'"):
+        data_inputs(from_dict(RunConfig, {"data": data}))
+
+
 def test_two_runs_in_one_folder_are_refused_and_the_other_is_named(tmp_path):
     with run_lock(tmp_path):
         code = f"import pathlib, pipelines.folders as r\nwith r.run_lock(pathlib.Path({str(tmp_path)!r})): pass"

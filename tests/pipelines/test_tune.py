@@ -11,7 +11,8 @@ import torch
 import yaml
 from ray import tune
 
-from pipelines.cli import UsageError, main
+from pipelines.arguments import UsageError
+from pipelines.cli import main
 from pipelines.cluster import ray_session
 from pipelines.prepare import prepare
 from pipelines.state import model_details

@@ -1,9 +1,11 @@
 """BERTScore and perplexity by tiny random models in a local folder."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from yan_core.model_metrics import BertScore, Perplexity
 
@@ -104,6 +106,17 @@ def test_a_context_that_is_too_long_loses_its_beginning(language_model) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path, metric) -> None:
     with pytest.raises(ValueError, match="no model at .*config.json"):
         metric(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path, language_model, monkeypatch) -> None:
+    """A folder of old with a pickle in it, which is not even opened."""
+    folder = shutil.copytree(language_model, tmp_path / "old")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    with pytest.raises(ValueError, match="old holds no weights in safetensors: save the model anew"):
+        Perplexity(folder)
 
 
 def test_where_no_answer_has_a_word_there_is_no_perplexity(language_model) -> None:
