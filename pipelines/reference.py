@@ -1,5 +1,5 @@
-"""`docs/CONFIG.md` from the dataclasses of `yan_core.config`: every key, its type, its default and what it does; and
-`docs/API.md` from the docstrings of what `yan_core` exports.
+"""`docs/CONFIG.md` from the dataclasses of `yan_core.config` and the arguments of the served app: every key, its type,
+its default and what it does; and `docs/API.md` from the docstrings of what `yan_core` exports.
 
     python -m pipelines.reference docs
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -26,11 +27,26 @@ What `import yan_core` gives, made from its docstrings by `python -m pipelines.r
 [CONFIG.md](CONFIG.md). The examples are run by the tests.
 """
 
-HEAD = """# Settings of a run
+HEAD = """# Settings
 
 Every key of a run's YAML file, as `yan run --config FILE` reads it; on the command line with dots, such as
-`--stages.flow.max_steps 500`. Made from `yan_core/config.py` by `python -m pipelines.reference docs`.
+`--stages.flow.max_steps 500`. Those of [the served app](#the-served-app) are at the end. Made from `yan_core/config.py`
+and `serve/schemas.py` by `python -m pipelines.reference docs`.
 """
+
+SERVING_HEAD = """
+## The served app
+
+The arguments of `serve.app:build_app`, as `args` of a Serve config and `serve run` have them. `yan serve` has options
+for most, with dashes; its `--replicas`, `--gpu` and `--api-keys` are num_replicas, use_gpu and api_keys_file.
+
+| argument | type | default | |
+|---|---|---|---|
+"""
+
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+"""Bounds of an argument, by the attributes that hold them."""
 
 
 def said_of_fields(cls: type) -> dict[str, str]:
@@ -92,9 +108,24 @@ def section(cls: type, prefix: str, text: str, holder: Any = None) -> list[str]:
     return [*(lines if len(lines) > 7 else lines[:4]), *below]
 
 
+def serving() -> list[str]:
+    """Lines of the served app's arguments."""
+    app_args = importlib.import_module("serve.schemas").AppArgs  # by a string: pipelines imports nothing of serve
+    texts, lines = said_of_fields(app_args), []
+    for name, field in app_args.model_fields.items():
+        kind = getattr(field.annotation, "__name__", "")
+        bounds = [
+            f" {sign} {getattr(of, key)}" for of in field.metadata for key, sign in SIGNS.items() if hasattr(of, key)
+        ]
+        default = "" if field.is_required() else f"`{json.dumps(field.default)}`"
+        lines.append(f"| `{name}` | `{kind}`{','.join(bounds)} | {default} | {texts[name]} |")
+    return lines
+
+
 def page() -> str:
     """The page, in Markdown."""
-    return HEAD + "\n".join(section(RunConfig, "", " ".join((RunConfig.__doc__ or "").split()))) + "\n"
+    of_run = section(RunConfig, "", " ".join((RunConfig.__doc__ or "").split()))
+    return HEAD + "\n".join(of_run) + "\n" + SERVING_HEAD + "\n".join(serving()) + "\n"
 
 
 def described(text: str) -> list[str]:
