@@ -361,7 +361,7 @@ class EncoderDecoder(Baseline):
 
 
 def pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the padding of ids and mask, both [batch, length], from behind the real tokens to before them."""
+    """Move the padding of ids [batch, length] and mask [batch, length] from behind the real tokens to before them."""
     length = ids.shape[1]
     index = (torch.arange(length, device=ids.device) + mask.sum(-1, keepdim=True)) % length
     return ids.gather(1, index), mask.gather(1, index)

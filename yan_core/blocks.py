@@ -57,7 +57,15 @@ def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Ten
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of channels of x, [batch, num_heads, length, head_dim], by their positions' angles."""
+    """Turn pairs of channels by their positions' angles.
+
+    Args:
+        x: [batch, num_heads, length, head_dim].
+        angles: From `rotary_angles`, [length, head_dim / 2] each.
+
+    Returns:
+        Shaped like x.
+    """
     cos, sin = (a.to(x.dtype) for a in angles)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -110,12 +118,21 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [batch, num_heads, length, head_dim]
 
     def project(self, context: Tensor, mask: Tensor | None) -> KeyValues:
-        """Keys and values of `context` [batch, length, d_model], to be used by any number of queries."""
+        """Keys and values of `context` [batch, length, d_model], with its `mask` [batch, length], for any queries."""
         keys, values = self.key_value(context).chunk(2, dim=-1)
         return KeyValues(self._heads(keys), self._heads(values), mask)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, context: KeyValues | None = None) -> Tensor:
-        """Attend from x to x itself with padding `mask`, or to `context`; [batch, length, d_model] in and out."""
+        """Attend from x to x itself, or to `context`.
+
+        Args:
+            x: [batch, length, d_model].
+            mask: True for x's real tokens, [batch, length]; None: all are, or there is a context.
+            context: From `project`.
+
+        Returns:
+            [batch, length, d_model].
+        """
         query = self._heads(self.query(x))
         if context is None:
             context = self.project(x, mask)
@@ -235,7 +252,16 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Scale and shift normalised features x [batch, length, d_model] by [batch, d_model], or [1, d_model], each."""
+    """Scale and shift normalised features by the row.
+
+    Args:
+        x: [batch, length, d_model].
+        scale: What is added to 1, [batch, d_model], or [1, d_model] for all rows.
+        shift: Shaped like scale.
+
+    Returns:
+        [batch, length, d_model].
+    """
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -255,11 +281,16 @@ class FlowBlock(nn.Module):
         self.dropout = RowDropout(config.dropout)
 
     def modulations(self, time: Tensor) -> tuple[Tensor, ...]:
-        """Scale and shift of each sub-layer at embedded times [batch, d_model]; each [batch, d_model]."""
+        """Scale and shift of each sub-layer at an embedded `time` [batch, d_model]; each [batch, d_model]."""
         return self.modulation(time).chunk(2 * self.num_sublayers, dim=-1)
 
     def project_source(self, latents: Tensor, mask: Tensor) -> KeyValues | None:
-        """Keys and values of source latents [batch, length, d_model], where the block reads the source."""
+        """Keys and values of the source, where the block reads it.
+
+        Args:
+            latents: The source's, [batch, length, d_model].
+            mask: True for real source tokens, [batch, length].
+        """
         return None if self.cross_attention is None else self.cross_attention.project(latents, mask)
 
     def forward(
@@ -270,14 +301,17 @@ class FlowBlock(nn.Module):
         mask: Tensor | None,
         draws: RowDraws | None = None,
     ) -> Tensor:
-        """[batch, length, d_model] in and out.
+        """Features after the block.
 
         Args:
-            x: Features.
-            modulations: From `modulations`.
-            source: Projected source latents.
-            mask: The target's padding mask, or None.
+            x: Features before it, [batch, length, d_model].
+            modulations: From `modulations`, [batch, d_model] or [1, d_model] each.
+            source: From `project_source`.
+            mask: True for real target tokens, [batch, length]; None: all are.
             draws: For dropout, in training.
+
+        Returns:
+            [batch, length, d_model].
         """
         pairs = list(zip(modulations[::2], modulations[1::2], strict=True))
         x = x + self.dropout(self.mixer(modulate(self.norm(x), *pairs[0]), mask), _place(draws, 0))

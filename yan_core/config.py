@@ -318,15 +318,15 @@ class FlowLossConfig:
     time_beta: float = 1.0
     """See time_alpha."""
     weight_flow: float = 1.0
-    """Weight of the mixture's negative log-likelihood, divided by d_model and by the tokens of a row."""
+    """Weight of the mixture's negative log-likelihood, divided by the latents' width and by a row's tokens."""
     weight_end: float = 1.0
     """Weight of the mean squared error of the solver's endpoint."""
     weight_ce: float = 1.0
     """Weight of the cross-entropy of the decoded endpoint."""
     weight_gate: float = 1.0
     """Weight of the gate's cross-entropy to the experts' responsibilities, in nats a scope. The likelihood has the same
-    gradient but divided by d_model and tokens, too weak to learn from: the posterior draw then tells the solver what
-    the gate should have read from the source, and nothing makes the model read it (EXPERIMENTS, 2026-11-23)."""
+    gradient but divided by width and tokens, too weak to learn from: the posterior draw then tells the solver what the
+    gate should have read from the source, and nothing makes the model read it (EXPERIMENTS, 2026-11-23)."""
     weight_balance: float = 0.01
     """Weight of KL(mean gate || uniform) at t = 0."""
     weight_entropy: float = 0.0

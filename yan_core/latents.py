@@ -105,7 +105,7 @@ class TokenDecoder(nn.Module):
         self.head = nn.Linear(model.d_model, vocab_size)
 
     def hidden(self, latents: Tensor) -> Tensor:
-        """Everything before the vocabulary: [..., latent_dim] in, [..., d_model] out."""
+        """Everything before the vocabulary: [..., latent_dim] -> [..., d_model]."""
         x = self.latent_in(latents)
         for norm, ffn in zip(self.norms, self.ffns, strict=True):
             x = x + ffn(norm(x))

@@ -69,8 +69,8 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, sigmas: tuple[float, ...] = (
     """Squared maximum mean discrepancy of two samples under a sum of RBF kernels.
 
     Args:
-        x: [n, d_model].
-        y: [m, d_model].
+        x: [n, latent_dim].
+        y: [m, latent_dim].
         sigmas: Kernel widths (arXiv:2604.15009).
 
     Source: Gretton et al. 2012, JMLR 13, eq. 5 (biased estimate, so never negative).
@@ -91,7 +91,7 @@ def latent_terms(
     """Mean squared latent, and discrepancy of some real tokens' latents to N(0, I) (arXiv:2604.15009, stage 1).
 
     Args:
-        latents: [batch, length, d_model].
+        latents: [batch, length, latent_dim].
         mask: True for real tokens, [batch, length].
         keys: [batch].
         mmd_tokens: Most tokens used for the discrepancy, of all workers together.
@@ -105,7 +105,7 @@ def latent_terms(
 
 
 def _lowest(vectors: Tensor, draws: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The vectors [n, d_model] of the lowest draws [n], of all workers together, and these draws, in their order."""
+    """The vectors [n, latent_dim] of the lowest draws [n], of all workers together, and these draws, in their order."""
     order = draws.argsort()[:most]
     vectors, draws = vectors[order], draws[order]
     if num_workers() == 1:
@@ -291,7 +291,7 @@ def _pick(routed: Tensor | None, drawn: Tensor) -> Tensor:
 
 
 def _guess(flow: FlowNetwork, x_0: Tensor, features_0: Tensor, expert_BS: Tensor, tokens: int) -> Tensor:
-    """Estimate of x_1 from the pass at (x_0, 0), without gradient, [batch, length, d_model]."""
+    """Estimate of x_1 from the pass at (x_0, 0), without gradient, [batch, length, latent_dim]."""
     with torch.no_grad():
         output = flow.experts.one(features_0, spread(expert_BS, tokens, x_0.shape[1]))
         return endpoint_of(flow.velocity(output, x_0, 0.0), x_0, 0.0)

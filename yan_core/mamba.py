@@ -105,7 +105,7 @@ def selective_scan_plain(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
 ) -> Tensor:
-    """The kernel's twin in plain PyTorch, on any device: [batch, length, d_inner] in and out, as `selective_scan`."""
+    """The kernel's twin in plain PyTorch, on any device, [batch, length, d_inner]; arguments as `selective_scan`."""
     with torch.autocast(u.device.type, enabled=False):
         wide_u, dt = _wide(u), _wide(delta)
         dt = F.softplus(dt if delta_bias is None else dt + _wide(delta_bias))

@@ -106,7 +106,7 @@ class FlowNetwork(nn.Module):
         return Source(tuple(block.project_source(latents, mask) for block in self._blocks), mean)
 
     def at(self, t: Tensor) -> TimeStep:
-        """Embed times [batch]; a single one holds for rows in any number."""
+        """Embed times t [batch]; a single one holds for rows in any number."""
         embedding = self.time(t)
         return TimeStep(embedding, tuple(block.modulations(embedding) for block in self._blocks))
 

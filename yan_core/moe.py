@@ -1,7 +1,8 @@
 """Mixture of velocity experts: heads, gate, likelihood, and the draw of one expert.
 
-Shapes: B batch, L length, D d_model, K experts, F hidden width, S scopes of a row (L tokens, its segments, or 1 for the
-whole sequence). One draw of an expert covers a scope.
+Shapes: B batch, L length, D d_model on the trunk's side and latent_dim of what an expert gives, K experts, C chosen of
+them, F hidden width, S scopes of a row (L tokens, its segments, or 1 for the whole sequence). One draw of an expert
+covers a scope.
 
 Source: arXiv:2604.15009 (mixture, token-wise gate). The joint likelihood, the posterior draw and scopes wider than a
 token are ours.
@@ -50,14 +51,14 @@ class ExpertHeads(nn.Module):
         return self.w_in_KDF.shape[0]
 
     def forward(self, features_BLD: Tensor) -> Tensor:
-        """Outputs of all experts, [batch, length, num_experts, d_model]."""
+        """Outputs of all experts, [batch, length, num_experts, latent_dim]."""
         x_ND = features_BLD.flatten(0, 1)
         h_KNF = F.gelu(torch.baddbmm(self.b_in_KF[:, None], x_ND.expand(self.num_experts, -1, -1), self.w_in_KDF))
         v_KND = torch.baddbmm(self.b_out_KD[:, None], h_KNF, self.w_out_KFD)
         return v_KND.transpose(0, 1).unflatten(0, features_BLD.shape[:2])
 
     def chosen(self, features_BLD: Tensor, experts_BLC: Tensor) -> Tensor:
-        """Outputs of each token's chosen experts alone, [batch, length, chosen, d_model]; equal to `forward` gathered.
+        """Outputs of each token's chosen experts, [batch, length, chosen, latent_dim]; equal to `forward` gathered.
 
         Args:
             features_BLD: Trunk features, [batch, length, d_model].
@@ -68,7 +69,7 @@ class ExpertHeads(nn.Module):
         return out.unflatten(1, (-1, chosen))
 
     def one(self, features_BLD: Tensor, expert_BL: Tensor) -> Tensor:
-        """Output of each token's own expert alone, [batch, length, d_model]; equal to `forward` gathered.
+        """Output of each token's own expert alone, [batch, length, latent_dim]; equal to `forward` gathered.
 
         Args:
             features_BLD: Trunk features, [batch, length, d_model].
@@ -127,7 +128,16 @@ class Gate(nn.Module):
         )
 
     def forward(self, features: Tensor, source_mean: Tensor, time: Tensor) -> Tensor:
-        """Logits [batch, length, num_experts] of features [batch, length, d_model] and two [batch, d_model]."""
+        """Logits of the experts.
+
+        Args:
+            features: Of the trunk, [batch, length, d_model].
+            source_mean: Mean source latent, [batch, d_model].
+            time: Embedded, [batch, d_model].
+
+        Returns:
+            [batch, length, num_experts].
+        """
         length = features.shape[1]
         context = torch.cat([source_mean, time], dim=-1)[:, None].expand(-1, length, -1)
         return self.mlp(torch.cat([features, context], dim=-1)) / self.temperature
@@ -198,7 +208,7 @@ def spread(expert_BS: Tensor, tokens: int, length: int) -> Tensor:
 
 
 def gather_expert(v_BLKD: Tensor, expert_BL: Tensor) -> Tensor:
-    """The output of each token's expert: [batch, length, d_model]."""
+    """The output of each token's expert: [batch, length, latent_dim]."""
     index = expert_BL[:, :, None, None].expand(-1, -1, 1, v_BLKD.shape[-1])
     return v_BLKD.gather(2, index).squeeze(2)
 

@@ -52,7 +52,7 @@ def fold(keys: Tensor, value: int | Tensor) -> Tensor:
 
     Args:
         keys: int64, [batch].
-        value: A number, or one per key.
+        value: A number, or one per key, [batch].
 
     Returns:
         int64 keys in [0, 2**32), [batch].

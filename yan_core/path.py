@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PathSample:
-    """A point of the path and its velocity, both [batch, length, d_model]."""
+    """A point of the path and its velocity, both [batch, length, latent_dim]."""
 
     x_t: Tensor
     u_t: Tensor
@@ -24,7 +24,7 @@ def straight_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
     """Draw x_t on the straight path from x_0 to x_1, with its velocity u_t.
 
     Args:
-        x_0: Source noise, [batch, length, d_model].
+        x_0: Source noise, [batch, length, latent_dim].
         x_1: Data latents, same shape.
         t: Times in [0, 1], [batch].
 

@@ -17,7 +17,13 @@ def text_mask(candidates: Tensor) -> Tensor:
 
 
 def minimum_bayes_risk(candidates: Tensor) -> Tensor:
-    """Mean token F1 of each candidate to all of them, itself included: [batch, num_candidates].
+    """Mean token F1 of each candidate to all of them, itself included.
+
+    Args:
+        candidates: Token ids, [batch, num_candidates, length].
+
+    Returns:
+        [batch, num_candidates].
 
     Where all candidates are one token long this is a vote. Equal texts have F1 1, empty ones too.
 

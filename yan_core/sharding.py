@@ -38,7 +38,7 @@ def is_shard(value: object) -> bool:
 
 
 def shard_like(value: Tensor, shard: Tensor) -> Tensor:
-    """A whole tensor [...] as this worker's shard of it; the tensor itself where `shard`, [...] alike, is whole."""
+    """A whole `value` [...] as this worker's shard of it; the value itself where `shard`, [...] alike, is whole."""
     if not is_shard(shard):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -15,7 +15,7 @@ from yan_core.noise import RowDraws
 from yan_core.path import endpoint_of
 
 Velocity = Callable[[Tensor, int], Tensor]
-"""Velocity at a point [batch, length, d_model] and the index of its time among the `evaluation_times`."""
+"""Velocity at a point [batch, length, latent_dim] and the index of its time among the `evaluation_times`."""
 
 
 def time_grid(num_steps: int) -> list[float]:
@@ -144,7 +144,7 @@ class FrozenExpertField:
         """Trunk passes so far, a row."""
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
-        """Velocity at x [batch, length, d_model] and the i-th of `times`."""
+        """Velocity at x [batch, length, latent_dim] and the i-th of `times`."""
         batch = len(x)
         features = self.features_0 if i == 0 else None
         if features is None:
