@@ -17,7 +17,7 @@ from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.config import RunConfig
 from yan_core.model import YanModel
-from yan_core.training import NonFiniteLoss, draw_solver_steps, learning_rate, set_training_mode, train_step
+from yan_core.training import set_training_mode
 
 OnStep = Callable[[int, dict[str, Tensor]], bool]
 """Called after each step with its number, from 1, and its metrics; False ends the training. It may put the model into
@@ -31,14 +31,17 @@ def plain_state(
     stage: str,
     checkpoint: tuple[Path, Position] | None = None,
 ) -> StageState:
-    """A stage to be trained in this process, from its first step or from a checkpoint; see `StageState`."""
+    """A stage to be trained in this process, from its first step or from a checkpoint; see `StageState`.
+
+    With scaling.strategy=fsdp too its model is whole: there are no workers to shard it over.
+    """
     whole = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, strategy="ddp"))
     job = StageJob(stage, {}, "", "", "", "")
     return StageState(whole, job, model, data.tokenizer, stage_order(data, stage, config), checkpoint)
 
 
 def train_on(state: StageState, batches: Iterator[Batch], on_step: OnStep, steps: int | None = None) -> None:
-    """Train a stage with the losses and updates that Ray Train's workers have.
+    """Train a stage with the losses and updates that one worker of Ray Train has; see `StageState.take_step`.
 
     Args:
         state: Where it stands.
@@ -49,28 +52,14 @@ def train_on(state: StageState, batches: Iterator[Batch], on_step: OnStep, steps
     Raises:
         NonFiniteLoss: After `optim.max_skipped` steps in a row without a finite gradient.
     """
-    config, settings = state.config, state.settings
+    settings = state.settings
     device = next(state.model.parameters()).device
-    objective: Any = torch.compile(state.objective, dynamic=True) if config.scaling.compile else state.objective
-    batches, skipped = ahead(batches), 0
+    objective: Any = torch.compile(state.objective, dynamic=True) if state.config.scaling.compile else state.objective
+    batches = ahead(batches)
     while state.step < (settings.max_steps if steps is None else steps):
         set_training_mode(state.model, settings.trains)
-        batch, metrics = next(batches).to(device), {}
-        lr = learning_rate(state.step, settings.max_steps, settings.optim)
-        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
-        bf16 = device.type == "cuda"
-        torch.manual_seed(config.seed + state.step)  # GPT-2 and BART draw their dropout from the global generator
-        try:
-            metrics = train_step(objective, batch, state.optimizer, num_steps, lr, settings.optim.clip_norm, bf16)
-            skipped = 0
-            if state.average is not None:
-                state.average.update(state.model, state.step)
-        except NonFiniteLoss:
-            skipped += 1
-            if skipped > settings.optim.max_skipped:
-                raise
-        state.step += 1
-        if metrics and not on_step(state.step, metrics):
+        metrics = state.take_step(objective, next(batches).to(device)).metrics
+        if metrics is not None and not on_step(state.step, metrics):
             return
 
 
@@ -82,7 +71,7 @@ def train_plainly(
     on_step: OnStep,
     steps: int | None = None,
 ) -> None:
-    """Train a stage from its first step, with the batches that Ray Train's workers have.
+    """Train a stage from its first step, with the batches that one worker of Ray Train has; see `train_on`.
 
     Args:
         model: Trained in place, on the device it is on.

@@ -12,13 +12,22 @@ from torch import Tensor
 
 from pipelines.order import Position, StageOrder
 from yan_core.baselines import Baseline
+from yan_core.batching import Batch
 from yan_core.checkpoint import from_pretrained, save_pretrained
 from yan_core.config import AutoencoderLossConfig, FlowLossConfig, RunConfig, StageConfig
 from yan_core.loss import Objective
 from yan_core.model import YanModel
 from yan_core.sharding import full_copy, restore_optimizer, shard
 from yan_core.tokenization import Tokenizer
-from yan_core.training import WeightAverage, build_optimizer, freeze_all_but
+from yan_core.training import (
+    NonFiniteLoss,
+    WeightAverage,
+    build_optimizer,
+    draw_solver_steps,
+    freeze_all_but,
+    learning_rate,
+    train_step,
+)
 
 STAGES = ("autoencoder", "flow", "finetune")
 """Stages in the order they build on each other."""
@@ -65,6 +74,21 @@ def model_details(config: RunConfig) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class StepDone:
+    """A step that was taken.
+
+    Attributes:
+        metrics: See `train_step`; None: its gradient was not finite, and the weights are as they were.
+        num_steps: Of the training solver.
+        lr: Learning rate.
+    """
+
+    metrics: dict[str, Tensor] | None
+    num_steps: int
+    lr: float
+
+
 class StageState:
     """Model, optimizer, averages and position of a stage: all that a checkpoint needs to hold.
 
@@ -96,6 +120,8 @@ class StageState:
         self.config, self.job, self.model, self.tokenizer, self.order = config, job, model, tokenizer, order
         self.settings: StageConfig = getattr(config.stages, job.stage)
         self.step = checkpoint[1].step if checkpoint else 0
+        self.skipped = 0
+        """Steps in a row, up to now, whose gradient was not finite."""
         folder = checkpoint[0] if checkpoint else None
         if folder is not None:
             model.load_state_dict(from_pretrained(folder / "model")[0].state_dict())
@@ -119,6 +145,36 @@ class StageState:
     def loss_config(self) -> AutoencoderLossConfig | FlowLossConfig:
         """The stage's objective."""
         return self.config.autoencoder_loss if self.job.stage == "autoencoder" else self.config.flow_loss
+
+    def take_step(self, objective: Any, batch: Batch, rank: int = 0) -> StepDone:
+        """One update of model and average, on a worker of Ray Train or without Ray; `step` is then one higher.
+
+        Args:
+            objective: `self.objective`, or what compiles it or wraps it for data parallelism.
+            batch: Rows of this worker, on the model's device.
+            rank: Which worker this is.
+
+        Raises:
+            NonFiniteLoss: After `optim.max_skipped` steps in a row without a finite gradient; `step` stays.
+        """
+        config, optim = self.config, self.settings.optim
+        lr = learning_rate(self.step, self.settings.max_steps, optim)
+        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, self.step)
+        counts = self.objective.counts(batch).of_all_workers()
+        bf16, parts = batch.keys.device.type == "cuda", config.scaling.accumulation
+        torch.manual_seed(config.seed + self.step + (rank << 32))  # GPT-2 and BART draw their dropout from there
+        metrics = None
+        try:
+            metrics = train_step(objective, batch, self.optimizer, num_steps, lr, optim.clip_norm, bf16, counts, parts)
+            self.skipped = 0
+            if self.average is not None:
+                self.average.update(self.model, self.step)
+        except NonFiniteLoss:
+            self.skipped += 1
+            if self.skipped > optim.max_skipped:
+                raise
+        self.step += 1
+        return StepDone(metrics, num_steps, lr)
 
     @property
     def position(self) -> Position:

@@ -41,13 +41,7 @@ from yan_core.config import RunConfig, from_dict
 from yan_core.files import code_description, code_fingerprint, write_file
 from yan_core.model import YanModel, build_model
 from yan_core.parallel import num_workers
-from yan_core.training import (
-    NonFiniteLoss,
-    draw_solver_steps,
-    learning_rate,
-    set_training_mode,
-    train_step,
-)
+from yan_core.training import NonFiniteLoss, set_training_mode
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -316,7 +310,7 @@ def train_one_stage(
     validation: Validation | None,
 ) -> None:
     """Train from `state.step` to the stage's last step, with a checkpoint now and then and one at the end."""
-    config, settings, scaling = state.config, state.settings, state.config.scaling
+    settings, scaling = state.settings, state.config.scaling
     objective: Any = state.objective
     if scaling.compile:
         objective = torch.compile(objective, dynamic=True)
@@ -325,38 +319,20 @@ def train_one_stage(
     set_training_mode(state.model, settings.trains)
     batches, clock = ahead(batches), Clock(state, reporter)
     means: dict[str, float] = {}
-    lr, skipped_in_a_row = 0.0, 0
+    lr = 0.0
     while state.step < settings.max_steps:
         asked = time.perf_counter()
         loaded = next(batches)
         wait_s = time.perf_counter() - asked
-        batch = loaded.to(device)
-        lr = learning_rate(state.step, settings.max_steps, settings.optim)
-        num_steps = draw_solver_steps(config.flow_loss.solver_steps, config.seed, state.step)
-        counts = state.objective.counts(batch).of_all_workers()
-        bf16 = device.type == "cuda"
-        torch.manual_seed(config.seed + state.step + (rank << 32))  # GPT-2 and BART draw their dropout from there
         try:
-            metrics = train_step(
-                objective,
-                batch,
-                state.optimizer,
-                num_steps,
-                lr,
-                settings.optim.clip_norm,
-                bf16,
-                counts,
-                scaling.accumulation,
-            )
-            skipped_in_a_row = 0
-            reporter.add(metrics, loaded, num_steps, wait_s)
-            if state.average is not None:
-                state.average.update(state.model, state.step)
+            done = state.take_step(objective, loaded.to(device), rank)
         except NonFiniteLoss as error:
-            skipped_in_a_row, reporter.skipped = skipped_in_a_row + 1, reporter.skipped + 1
-            if skipped_in_a_row > settings.optim.max_skipped:
-                give_up(state, loaded, checkpoints, rank, skipped_in_a_row, error)
-        state.step += 1
+            give_up(state, loaded, checkpoints, rank, error)
+        lr = done.lr
+        if done.metrics is None:
+            reporter.skipped += 1
+        else:
+            reporter.add(done.metrics, loaded, done.num_steps, wait_s)
         report, save, stop = clock.due(device)
         if report:
             means = reporter.report(lr) or means
@@ -372,9 +348,7 @@ def train_one_stage(
     save_checkpoint(state, checkpoints, means, rank, wait=True)
 
 
-def give_up(
-    state: StageState, batch: Batch, checkpoints: Checkpoints, rank: int, skipped: int, error: NonFiniteLoss
-) -> NoReturn:
+def give_up(state: StageState, batch: Batch, checkpoints: Checkpoints, rank: int, error: NonFiniteLoss) -> NoReturn:
     """Leave model, optimizer and rank 0's batch of a step whose gradient is not finite, for a look, and stop."""
     fill = state.snapshot()
 
@@ -385,6 +359,6 @@ def give_up(
     if rank == 0:
         checkpoints.write(NOT_FINITE, state.position, write)
     raise NonFiniteLoss(
-        f"stage {state.job.stage}, step {state.step + 1}, {skipped} in a row: {error} "
+        f"stage {state.job.stage}, step {state.step + 1}, {state.skipped} in a row: {error} "
         f"Model, optimizer and batch are in {checkpoints.root}/{NOT_FINITE}."
     ) from error
