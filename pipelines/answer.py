@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipelines.sources import fields_of
 from pipelines.tables import Input
-from yan_core.config import SamplingConfig
+from yan_core.config import NUM_STEPS, SamplingConfig
 from yan_core.files import sha256_file, write_file
 from yan_core.tasks import Task
 
@@ -54,7 +54,7 @@ def kept_names(names: Sequence[str]) -> list[str]:
 class Settings:
     """What answers depend on beside the model and the rows."""
 
-    num_steps: int = 3
+    num_steps: int = NUM_STEPS
     """Solver steps."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Solver, guidance and candidates."""
@@ -226,7 +226,8 @@ class Answer:
         return [self._try([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
 
     def _generate(self, prompts: list[str], seeds: list[int]) -> list[Generation]:
-        return self.generator.generate(prompts, self.settings.num_steps, seeds=seeds, **vars(self.settings.sampling))
+        how = self.settings
+        return self.generator.generate(prompts, how.num_steps, seeds=seeds, sampling=how.sampling)
 
     def _write(self, name: str, table: pa.Table) -> None:
         """Write a shard whole or not at all."""

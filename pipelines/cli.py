@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipelines.arguments import UsageError, parse_config
-from yan_core.config import Method, Ranking, RunConfig, SamplingConfig, to_dict
+from yan_core.config import NUM_STEPS, Method, Ranking, RunConfig, SamplingConfig, to_dict
 from yan_core.files import code_description, write_file
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def _evaluate(args: list[str]) -> int:
     parser.add_argument("--model", required=True, help="model folder, such as runs/world/model")
     parser.add_argument("--config", required=True, help="YAML whose data set gives columns, row filter and template")
     parser.add_argument("--data", required=True, help="file with the data set's columns")
-    parser.add_argument("--num-steps", type=int, default=3, help="solver steps; one forward pass each with Euler")
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="solver steps; one pass each with Euler")
     parser.add_argument("--max-rows", type=int, default=None, help="most rows to score, the first ones")
     _add_sampling(parser, "the config's")
     parser.add_argument("--bertscore-model", help="folder of an encoder: BERTScore too; default: the config's")

@@ -181,7 +181,7 @@ def measure_speeds(
             passes = []
 
             def answer(texts: Sequence[str], name: str = name, steps: int = steps, passes: list = passes) -> list[int]:
-                answers = loaded[name].generate(texts, steps, **vars(sampling[name]))
+                answers = loaded[name].generate(texts, steps, sampling=sampling[name])
                 if len(texts) == 1:
                     passes.append(answers[0].nfe)
                 return [len(a.tokens) for a in answers]

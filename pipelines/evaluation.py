@@ -20,7 +20,7 @@ import yan_core
 from pipelines.speed import Speed, measure_speed
 from yan_core.baselines import Baseline
 from yan_core.bootstrap import Scores, bootstrap
-from yan_core.config import EvaluationConfig
+from yan_core.config import EvaluationConfig, SamplingConfig
 from yan_core.diversity import diversity
 from yan_core.files import code_commit
 from yan_core.metrics import is_valid_label, score
@@ -103,7 +103,7 @@ def generate_rows(
             seeds=[seeds[i] for i in places],
             lengths=[lengths[i] for i in places] if lengths is not None else None,
             do_sample=do_sample,
-            **vars(config.sampling),
+            sampling=config.sampling,
         )
         found.update(zip(places, done, strict=True))
     return [found[i] for i in range(len(rows))]
@@ -267,7 +267,7 @@ def evaluate_model(
             by_kind[kind] = scores[task.metric].of_rows([i for i, r in enumerate(rows) if r["kind"] == kind]).value
         every = scores | {f"{name}_oracle_length": found for name, found in of_told.items()}
         intervals = bootstrap(every)
-        speed = _speed(generator, [r["source"] for r in rows], steps, vars(config.sampling))
+        speed = _speed(generator, [r["source"] for r in rows], steps, config.sampling)
         quality = Quality(
             num_steps=steps,
             nfe=own[0].nfe,
@@ -309,9 +309,11 @@ def _counts(
     return counts
 
 
-def _speed(generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int, how: dict[str, Any]) -> Speed:
+def _speed(
+    generator: yan_core.TextGenerator, sources: Sequence[str], num_steps: int, sampling: SamplingConfig
+) -> Speed:
     def answer(batch: Sequence[str]) -> list[int]:
-        return [len(found.tokens) for found in generator.generate(batch, num_steps, **how)]
+        return [len(found.tokens) for found in generator.generate(batch, num_steps, sampling=sampling)]
 
     return measure_speed(answer, sources)
 

@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 import yan_core
 from pipelines.evaluation import generate_rows
 from yan_core.checkpoint import read_config
-from yan_core.config import EvaluationConfig, SamplingConfig, from_dict
+from yan_core.config import NUM_STEPS, EvaluationConfig, SamplingConfig, from_dict
 from yan_core.tasks import InfillingTask
 from yan_core.tokenization import MASK
 
@@ -36,7 +36,7 @@ class HarnessConfig(SamplingConfig):
 
     pretrained: str
     """Model folder, such as runs/world/model."""
-    num_steps: int = 3
+    num_steps: int = NUM_STEPS
     """Solver steps."""
     seed: int = 0
     """Seed of the first document; that of the n-th one is seed + n, as in `yan evaluate`."""

@@ -13,10 +13,11 @@ import torch
 
 import yan_core
 from serve.errors import FieldError, must_be
-from yan_core.config import Method, Ranking
+from yan_core.baselines import beyond_baselines
+from yan_core.config import SamplingConfig
 from yan_core.generator import Candidate, Drawn
 from yan_core.model import YanModel
-from yan_core.solver import evaluation_times, time_grid
+from yan_core.solver import trunk_passes
 from yan_core.tokenization import Encoding
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,7 @@ class Settings:
     Attributes:
         num_steps: Solver steps.
         max_tokens: Places of an answer.
-        method: ODE solver.
-        guidance_scale: Classifier-free guidance, 1 is none.
-        num_candidates: Answers drawn for each source.
-        ranking: How the best of them is found.
+        sampling: Solver, guidance and candidates.
         deterministic: Compute each source by itself, so that rounding too is the same in any company.
         follow: Read the text after every solver step.
         with_log_probs: Give the tokens' log-probabilities.
@@ -45,10 +43,7 @@ class Settings:
 
     num_steps: int
     max_tokens: int
-    method: Method = "euler"
-    guidance_scale: float = 1.0
-    num_candidates: int = 1
-    ranking: Ranking = "bayes_risk"
+    sampling: SamplingConfig = SamplingConfig()
     deterministic: bool = False
     follow: bool = False
     with_log_probs: bool = False
@@ -69,13 +64,12 @@ class Kind:
     @cached_property
     def tokens(self) -> int:
         """Tokens that a job adds to its batch, padding included."""
-        return self.bucket + self.settings.max_tokens * self.settings.num_candidates
+        return self.bucket + self.settings.max_tokens * self.settings.sampling.num_candidates
 
     @cached_property
     def nfe(self) -> int:
         """Trunk passes of a batch."""
-        times = evaluation_times(time_grid(self.settings.num_steps), self.settings.method)
-        return len(times) * (1 if self.settings.guidance_scale == 1.0 else 2)
+        return trunk_passes(self.settings.num_steps, self.settings.sampling)
 
 
 @dataclass(eq=False)
@@ -195,21 +189,20 @@ class Engine:
             raise must_be("max_tokens", f"a whole number in [1, {most}]", settings.max_tokens)
         model = self.generator.model
         if not isinstance(model, YanModel):
-            usual = Settings(settings.num_steps, settings.max_tokens, ranking=settings.ranking)
-            for name in ("method", "guidance_scale", "num_candidates", "follow", "with_log_probs"):
-                if getattr(settings, name) != getattr(usual, name):
-                    told = names.get(name, name)
-                    raise FieldError(
-                        told, f"{told} is for YAN alone, and this model is a baseline that answers greedily"
-                    )
-        elif model.config.prediction == "endpoint" and settings.method == "heun":
+            beyond = beyond_baselines(settings.sampling)
+            beyond += ["follow"] * settings.follow + ["with_log_probs"] * settings.with_log_probs
+            if beyond:
+                told = names.get(beyond[0], beyond[0])
+                raise FieldError(told, f"{told} is for YAN alone, and this model is a baseline that answers greedily")
+        elif model.config.prediction == "endpoint" and settings.sampling.method == "heun":
             raise must_be("method", "euler or midpoint for this model, which has no velocity at t = 1", "heun")
-        tokens = len(sources) * (self.generator.max_source_tokens + settings.max_tokens * settings.num_candidates)
-        if tokens > self.max_batch_tokens and (len(sources) > 1 or settings.num_candidates > 1):
+        candidates = settings.sampling.num_candidates
+        tokens = len(sources) * (self.generator.max_source_tokens + settings.max_tokens * candidates)
+        if tokens > self.max_batch_tokens and (len(sources) > 1 or candidates > 1):
             name = param if len(sources) > 1 else names.get("num_candidates", "num_candidates")
             raise FieldError(
                 name,
-                f"{len(sources)} sources with {settings.num_candidates} answers of {settings.max_tokens} tokens each "
+                f"{len(sources)} sources with {candidates} answers of {settings.max_tokens} tokens each "
                 f"may take {tokens} tokens, which must be at most {self.max_batch_tokens}",
                 f"{self.max_batch_tokens} tokens",
             )
@@ -252,10 +245,7 @@ class Engine:
                     settings.num_steps,
                     settings.max_tokens,
                     [job.seed for job in jobs],
-                    method=settings.method,
-                    guidance_scale=settings.guidance_scale,
-                    num_candidates=settings.num_candidates,
-                    ranking=settings.ranking,
+                    sampling=settings.sampling,
                     deterministic=settings.deterministic,
                     with_log_probs=settings.with_log_probs,
                     on_step=step_done if steps else None,

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from serve.engine import Settings
 from serve.errors import FieldError
 from serve.models import Answer, ServedModel, Text
 from serve.schemas import (
@@ -32,7 +31,7 @@ from serve.schemas import (
     disagreement,
     unicode,
 )
-from yan_core.config import ModelConfig
+from yan_core.config import ModelConfig, SamplingConfig
 from yan_core.tasks import InfillingTask
 from yan_core.tokenization import MASK
 
@@ -115,6 +114,11 @@ class CompletionRequest(BaseModel):
     def prompts(self) -> list[str]:
         """The prompts."""
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Candidates, ranked by the decoder's confidence."""
+        return SamplingConfig(num_candidates=self.best_of or self.n or 1, ranking="confidence")
 
 
 class Logprobs(BaseModel):
@@ -254,37 +258,20 @@ def sources_of(request: CompletionRequest, model: ServedModel) -> list[str]:
         raise FieldError("prompt", f"prompt and suffix must not hold {MASK}: it stands between them") from None
 
 
-def settings_of(request: CompletionRequest, model: ServedModel, num_steps: int, deterministic: bool) -> Settings:
-    """How to draw for a request.
-
-    Args:
-        request: The request.
-        model: Its model.
-        num_steps: Solver steps where it names none.
-        deterministic: Whether to compute by itself where it does not say.
+def refuse_too_long(request: CompletionRequest, model: ServedModel) -> None:
+    """Refuse a limit that no answer of the model could reach, though it would cut none.
 
     Raises:
         FieldError: If max_tokens is more than the model could ever write.
     """
-    generator = model.engine.generator
-    if request.max_tokens is not None and request.max_tokens > generator.most_tokens:
+    most = model.engine.generator.most_tokens
+    if request.max_tokens is not None and request.max_tokens > most:
         raise FieldError(
             "max_tokens",
-            f"max_tokens must be a whole number in [1, {generator.most_tokens}], got {request.max_tokens}",
-            f"a whole number in [1, {generator.most_tokens}]",
+            f"max_tokens must be a whole number in [1, {most}], got {request.max_tokens}",
+            f"a whole number in [1, {most}]",
             code="context_length_exceeded",
         )
-    n = request.n or 1
-    return Settings(
-        num_steps=num_steps if request.num_steps is None else request.num_steps,
-        # Whatever max_tokens says: with fewer places the model would not give the start of the same text but a shorter
-        # one, and with more one that it was not trained for.
-        max_tokens=generator.max_target_tokens,
-        num_candidates=n if request.best_of is None else request.best_of,
-        ranking="confidence",
-        deterministic=deterministic if request.deterministic is None else request.deterministic,
-        with_log_probs=request.logprobs is not None,
-    )
 
 
 def seeds_of(request: CompletionRequest) -> list[int]:

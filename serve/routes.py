@@ -103,17 +103,14 @@ def create_api(
         api.add_exception_handler(kind, handler)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page; the gate is what asks for keys
 
-    def settings_of(body: GenerateRequest, model: ServedModel) -> Settings:
-        generator = model.engine.generator
+    def settings_of(body: GenerateRequest | CompletionRequest, max_tokens: int, **wanted: bool) -> Settings:
+        """How to draw for a request, as the app's arguments say where it does not; `wanted` are other settings."""
         return Settings(
             num_steps=args.num_steps if body.num_steps is None else body.num_steps,
-            max_tokens=generator.max_target_tokens if body.max_tokens is None else body.max_tokens,
-            method=body.method,
-            guidance_scale=float(body.guidance_scale),
-            num_candidates=body.num_candidates,
-            ranking=body.ranking,
+            max_tokens=max_tokens,
+            sampling=body.sampling,
             deterministic=args.deterministic if body.deterministic is None else body.deterministic,
-            follow=body.trajectory or body.stream,
+            **wanted,
         )
 
     async def model_of(body: GenerateRequest | CompletionRequest) -> tuple[ServedModel, float]:
@@ -147,7 +144,8 @@ def create_api(
         """Answer a text; with `stream`, give the whole text after every solver step before."""
         begun = time.perf_counter()
         model, left_s = await model_of(body)
-        settings = settings_of(body, model)
+        places = model.engine.generator.max_target_tokens if body.max_tokens is None else body.max_tokens
+        settings = settings_of(body, places, follow=body.trajectory or body.stream)
         source = source_of(body, model)
         asked = await model.ask(
             [source],
@@ -195,7 +193,11 @@ def create_api(
         """Answer prompts as OpenAI's completions API does."""
         model, left_s = await model_of(body)
         sources = openai_api.sources_of(body, model)
-        settings = openai_api.settings_of(body, model, args.num_steps, args.deterministic)
+        openai_api.refuse_too_long(body, model)
+        # Whatever max_tokens says: with fewer places the model would not give the start of the same text but a shorter
+        # one, and with more one that it was not trained for.
+        places = model.engine.generator.max_target_tokens
+        settings = settings_of(body, places, with_log_probs=body.logprobs is not None)
         asked = await model.ask(
             sources,
             openai_api.seeds_of(body),
@@ -203,7 +205,7 @@ def create_api(
             left_s,
             param="prompt",
             may_cut=False,
-            with_pieces=openai_api.needs_pieces(body, settings.max_tokens),
+            with_pieces=openai_api.needs_pieces(body, places),
         )
         answers = await asked.answers()
         note(request, model, sources, answers)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from serve.errors import FieldError, must_be, shown
-from yan_core.config import Method, Ranking, unknown_name
+from yan_core.config import NUM_STEPS, Method, Ranking, SamplingConfig, unknown_name
 
 MAX_CANDIDATES = 32
 """Most answers that may be drawn for one source."""
@@ -82,7 +82,7 @@ class AppArgs(BaseModel):
     """Logical CPUs a replica reserves; its PyTorch threads follow."""
     use_gpu: bool = False
     """One GPU a replica."""
-    num_steps: NumSteps = 3
+    num_steps: NumSteps = NUM_STEPS
     """Solver steps of a request that names none."""
     deterministic: bool = False
     """Whether requests that do not say are computed one by one, so that rounding too is the same in any company."""
@@ -153,13 +153,13 @@ class GenerateRequest(BaseModel):
     """Solver steps; none given: the server's default."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Places for the answer, in tokens, up to the model's limit; none given: what it was trained for."""
-    method: Method = "euler"
+    method: Method = SamplingConfig.method
     """ODE solver; `midpoint` and `heun` take two passes a step."""
-    guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)] = SamplingConfig.guidance_scale
     """Classifier-free guidance, 1 is none; other values double the passes."""
-    num_candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = 1
+    num_candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] = SamplingConfig.num_candidates
     """Answers drawn, of which the best is given, and the others under `candidates`."""
-    ranking: Ranking = "bayes_risk"
+    ranking: Ranking = SamplingConfig.ranking
     """`bayes_risk`: the best is the one most like the others; `confidence`: the one the decoder is surest of."""
     deterministic: bool | None = None
     """Compute by itself, so that rounding too is the same under load; none given: the server's default."""
@@ -179,6 +179,16 @@ class GenerateRequest(BaseModel):
         if self.stream and self.num_candidates > 1:
             raise disagreement("num_candidates", "num_candidates must be 1 with stream: which is best shows at the end")
         return self
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Solver, guidance and candidates."""
+        return SamplingConfig(
+            method=self.method,
+            guidance_scale=float(self.guidance_scale),
+            num_candidates=self.num_candidates,
+            ranking=self.ranking,
+        )
 
 
 class Piece(BaseModel):

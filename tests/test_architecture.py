@@ -137,6 +137,30 @@ class Run:
     assert {name for section, name in Tree([sections, line]).read if section == "Part"} & {"size", "text"} == fields
 
 
+def literal_defaults(file: Path) -> set[str]:
+    """Names of parameters and fields of a file whose default is a text or a number written there."""
+    pairs: list[tuple[str, ast.expr | None]] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.arguments):
+            by_place = [*node.posonlyargs, *node.args]
+            pairs += [(arg.arg, default) for arg, default in zip(by_place[::-1], node.defaults[::-1], strict=False)]
+            pairs += [(arg.arg, default) for arg, default in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            pairs.append((node.target.id, node.value))
+    return {name for name, value in pairs if isinstance(value, ast.Constant) and type(value.value) in (str, int, float)}
+
+
+def test_the_defaults_of_sampling_stand_in_the_config_alone():
+    names = {"num_steps", *(field.name for field in dataclasses.fields(config.SamplingConfig))}
+    own = {  # a solver's neutral arguments, whatever answers are drawn by, and the frames of a picture
+        Path("yan_core/solver.py"): {"method", "guidance_scale"},
+        Path("pipelines/pictures.py"): {"num_steps"},
+    }
+    again = {file.relative_to(ROOT): names & literal_defaults(file) for file in SOURCES if file.name != "config.py"}
+    assert {file: found for file, found in again.items() if found - own.get(file, set())} == {}
+    assert literal_defaults(ROOT / "yan_core/config.py") >= names - {"num_steps"}  # or the test would see nothing
+
+
 def test_the_page_of_settings_is_made_from_the_settings():
     page = reference.page()
     assert (ROOT / "docs/CONFIG.md").read_text(encoding="utf-8") == page  # python -m pipelines.reference docs
@@ -151,7 +175,7 @@ def test_the_page_of_the_package_is_made_from_its_docstrings():
     for said in (
         "## load\n",
         "### TextGenerator.generate\n\n```python\ngenerator.generate(\n    sources: Sequence[str],\n",
-        "\n    *,\n    method: Method = 'euler',\n",
+        "\n    *,\n    sampling: SamplingConfig = SamplingConfig(method='euler', guidance_scale=1.0, ",
         "\nTokenizer.from_json(text: str) -> Tokenizer\n",
         "\n- `sources`: Texts as the model's task template makes them.\n",
         "\n>>> (answer,) = generator.generate([story], num_steps=3, seeds=7)\n",

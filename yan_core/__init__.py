@@ -36,6 +36,12 @@ True
 >>> (answer,) = generator.generate([story], num_steps=3, seeds=7)
 >>> isinstance(answer, yan_core.Generation), answer.nfe, answer.tokens == tokenizer.until_eos(drawn.ids[0].tolist())
 (True, 3, True)
+
+How answers are drawn goes as one bundle, to `sample` too: here the best of four, with a solver of order 2:
+
+>>> sampling = yan_core.SamplingConfig(num_candidates=4, method="midpoint")
+>>> generator.generate([story], num_steps=3, seeds=7, sampling=sampling)[0].nfe
+6
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from yan_core.checkpoint import load, save_pretrained
-    from yan_core.config import ModelConfig, RunConfig, TokenizerConfig, from_dict, to_dict
+    from yan_core.config import ModelConfig, RunConfig, SamplingConfig, TokenizerConfig, from_dict, to_dict
     from yan_core.generator import Generation, TextGenerator
     from yan_core.model import YanModel, build_model
     from yan_core.sampler import Sample, sample
@@ -58,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "Sample",
+    "SamplingConfig",
     "TextGenerator",
     "Tokenizer",
     "TokenizerConfig",
@@ -75,6 +82,7 @@ _HOME = {
     "ModelConfig": "config",
     "RunConfig": "config",
     "Sample": "sampler",
+    "SamplingConfig": "config",
     "TextGenerator": "generator",
     "Tokenizer": "tokenization",
     "TokenizerConfig": "config",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yan_core.batching import EOS, PAD, Batch
-from yan_core.config import BaselineConfig
+from yan_core.config import BaselineConfig, SamplingConfig
 from yan_core.noise import Stream, fold, gumbel
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ def build_baseline(config: BaselineConfig, vocab_size: int) -> Baseline:
 
         return MaskedDiffusion(config, vocab_size)
     return (ARDecoder if config.family == "ar" else EncoderDecoder)(config, vocab_size)
+
+
+def beyond_baselines(sampling: SamplingConfig) -> list[str]:
+    """Names of the settings that are for YAN alone; a ranking of one answer asks for nothing."""
+    own, usual = vars(sampling), SamplingConfig()
+    return [f.name for f in fields(usual) if f.name != "ranking" and own[f.name] != getattr(usual, f.name)]
 
 
 def _transformers() -> Any:

@@ -41,10 +41,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         least = 260 if self.kind == "bpe" else 8
-        _require(
-            self.vocab_size >= least,
-            f"tokenizer.vocab_size must be >= {least} for kind={self.kind}, got {self.vocab_size}",
-        )
+        enough = self.vocab_size >= least
+        _require(enough, f"tokenizer.vocab_size must be >= {least} for kind={self.kind}, got {self.vocab_size}")
         _require(self.sample_rows >= 1, f"tokenizer.sample_rows must be >= 1, got {self.sample_rows}")
 
 
@@ -645,6 +643,9 @@ Method = Literal["euler", "midpoint", "heun"]
 Ranking = Literal["bayes_risk", "confidence"]
 """How the best of several candidates is found: the one most like the others, or the one the decoder is surest of."""
 
+NUM_STEPS = 3
+"""Solver steps of an answer for which none are named."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -661,9 +662,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_candidates >= 1, f"sampling.num_candidates must be >= 1, got {self.num_candidates}")
-        _require(
-            math.isfinite(self.guidance_scale), f"sampling.guidance_scale must be finite, got {self.guidance_scale}"
-        )
+        scale = self.guidance_scale
+        _require(math.isfinite(scale), f"sampling.guidance_scale must be finite, got {scale}")
 
 
 @dataclass(frozen=True, kw_only=True)

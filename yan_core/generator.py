@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from yan_core.baselines import Baseline
+from yan_core.baselines import Baseline, beyond_baselines
 from yan_core.batching import pad_rows
-from yan_core.config import Method, Ranking
+from yan_core.config import NUM_STEPS, SamplingConfig
 from yan_core.graphs import GraphCache
 from yan_core.model import YanModel
 from yan_core.sampler import OnStep, sample
-from yan_core.solver import evaluation_times, time_grid
+from yan_core.solver import trunk_passes
 from yan_core.tasks import get_task
 from yan_core.tokenization import Encoding, Tokenizer
 
@@ -89,6 +89,23 @@ class Generation:
     latency_ms: float
 
 
+@dataclass(frozen=True)
+class _How:
+    """All that the computation of a batch depends on besides its tensors, and so the key of its CUDA graph.
+
+    Attributes:
+        places: Tokens of each answer.
+        num_steps: Solver steps.
+        sampling: Solver, guidance and candidates.
+        with_log_probs: Whether the candidates' log-probabilities are wanted.
+    """
+
+    places: int
+    num_steps: int
+    sampling: SamplingConfig
+    with_log_probs: bool
+
+
 class TextGenerator:
     """A loaded model that answers texts."""
 
@@ -120,14 +137,11 @@ class TextGenerator:
     def generate(
         self,
         sources: Sequence[str],
-        num_steps: int = 3,
+        num_steps: int = NUM_STEPS,
         max_tokens: int | None = None,
         seeds: Sequence[int] | int = 0,
         *,
-        method: Method = "euler",
-        guidance_scale: float = 1.0,
-        num_candidates: int = 1,
-        ranking: Ranking = "bayes_risk",
+        sampling: SamplingConfig = SamplingConfig(),
         lengths: Sequence[int] | None = None,
         deterministic: bool = False,
         do_sample: bool = False,
@@ -140,10 +154,7 @@ class TextGenerator:
             max_tokens: Longest answer, in tokens, up to the model's max_positions; None: what it was trained for.
             seeds: One seed, or one a source, each in [0, 2**63). The same source and seed give the same answer in any
                 batch, but for ties of logits closer than rounding, which differs with a batch's shape.
-            method: ODE solver; `midpoint` and `heun` take two trunk passes a step.
-            guidance_scale: Classifier-free guidance, 1 is none; other values double the trunk passes.
-            num_candidates: Answers drawn for each source in one batch, of which the best is given.
-            ranking: `bayes_risk`, the one most like the others, or `confidence`, the one the decoder is surest of.
+            sampling: Solver, guidance, and candidates, of which the best is given.
             lengths: Each answer's number of tokens, where it is known.
             deterministic: Draw the noise on the CPU and compute every source by itself, in a shape that its own length
                 decides, so that rounding too is the same in any company. Slower, as nothing is shared.
@@ -162,10 +173,7 @@ class TextGenerator:
             num_steps,
             max_tokens,
             seeds,
-            method=method,
-            guidance_scale=guidance_scale,
-            num_candidates=num_candidates,
-            ranking=ranking,
+            sampling=sampling,
             lengths=lengths,
             deterministic=deterministic,
             do_sample=do_sample,
@@ -194,14 +202,11 @@ class TextGenerator:
     def draw(
         self,
         encodings: Sequence[Encoding],
-        num_steps: int = 3,
+        num_steps: int = NUM_STEPS,
         max_tokens: int | None = None,
         seeds: Sequence[int] | int = 0,
         *,
-        method: Method = "euler",
-        guidance_scale: float = 1.0,
-        num_candidates: int = 1,
-        ranking: Ranking = "bayes_risk",
+        sampling: SamplingConfig = SamplingConfig(),
         lengths: Sequence[int] | None = None,
         deterministic: bool = False,
         do_sample: bool = False,
@@ -232,14 +237,7 @@ class TextGenerator:
         places = self.max_target_tokens if max_tokens is None else max_tokens
         if not 1 <= places <= self.most_tokens:
             raise ValueError(f"max_tokens must be in [1, {self.most_tokens}], got {places}")
-        how: dict[str, Any] = {
-            "num_steps": num_steps,
-            "method": method,
-            "guidance_scale": guidance_scale,
-            "num_candidates": num_candidates,
-            "ranking": ranking,
-            "with_log_probs": with_log_probs,
-        }
+        how = _How(places, num_steps, sampling, with_log_probs)
         if isinstance(self.model, Baseline):
             self._check_of_baseline(how, on_step)
         greedy = isinstance(self.model, Baseline) and not do_sample
@@ -258,31 +256,24 @@ class TextGenerator:
             if graphs is None:
                 told = None if lengths is None else torch.tensor([lengths[i] for i in chosen])
                 inputs = ids.to(self.device), mask.to(self.device)
-                found, passes = self._write(
-                    *inputs,
-                    places,
-                    None if greedy else keys.to(device),
-                    told,
-                    how,
-                    self._reader(chosen, places, on_step),
-                )
+                drawn_by = None if greedy else keys.to(device)
+                found, passes = self._write(how, *inputs, drawn_by, told, self._reader(chosen, places, on_step))
             else:
-                found = self._replay(graphs, ids, mask, places, keys, how)[:, : len(chosen)]
-                passes = _passes(how)
+                found = self._replay(graphs, how, ids, mask, keys)[:, : len(chosen)]
+                passes = trunk_passes(num_steps, sampling)
             drawn += [
                 Drawn(sorted(candidates, key=lambda candidate: -candidate.score), passes)
                 for candidates in self._candidates(found, places, with_log_probs)
             ]
         return drawn
 
-    def _check_of_baseline(self, how: dict[str, Any], on_step: OnDrawStep | None) -> None:
-        usual = {"method": "euler", "guidance_scale": 1.0, "num_candidates": 1, "with_log_probs": False}
-        unlike = [name for name, value in usual.items() if how[name] != value]
-        unlike += [] if on_step is None else ["on_step"]
-        if unlike:
-            raise ValueError(f"{', '.join(unlike)} are for YAN alone and this is a baseline, got {how}")
-        if how["num_steps"] < 1:
-            raise ValueError(f"num_steps must be >= 1, got {how['num_steps']}")
+    def _check_of_baseline(self, how: _How, on_step: OnDrawStep | None) -> None:
+        beyond = beyond_baselines(how.sampling)
+        beyond += ["with_log_probs"] * how.with_log_probs + ["on_step"] * (on_step is not None)
+        if beyond:
+            raise ValueError(f"{', '.join(beyond)} are for YAN alone and this is a baseline, got {how.sampling}")
+        if how.num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1, got {how.num_steps}")
 
     def _reader(self, chosen: list[int], places: int, on_step: OnDrawStep | None) -> OnStep | None:
         """The sampler's callback for some of the sources."""
@@ -297,35 +288,43 @@ class TextGenerator:
 
     def _write(
         self,
+        how: _How,
         ids: Tensor,
         mask: Tensor,
-        places: int,
         seeds: Tensor | None,
-        lengths: Tensor | None,
-        how: dict[str, Any],
+        lengths: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, int]:
         """A batch's answers as `_packed` gives them, and the passes of each; without seeds a baseline is greedy."""
         if isinstance(self.model, Baseline):
             told = None if lengths is None else lengths.to(ids.device)
             keys = None if seeds is None else seeds.to(ids.device)
-            answers, passes = self.model.answer(ids, mask, places, how["num_steps"], told, keys)
+            answers, passes = self.model.answer(ids, mask, how.places, how.num_steps, told, keys)
             return _packed(answers[:, None]), passes
         assert seeds is not None
-        found = sample(self.model, ids, mask, places, seeds, lengths=lengths, on_step=on_step, **how)
-        return _packed(found.candidates, found.experts, found.log_probs, found.scores), _passes(how)
+        found = sample(
+            self.model,
+            ids,
+            mask,
+            how.places,
+            seeds,
+            how.num_steps,
+            sampling=how.sampling,
+            lengths=lengths,
+            with_log_probs=how.with_log_probs,
+            on_step=on_step,
+        )
+        return _packed(found.candidates, found.experts, found.log_probs, found.scores), found.nfe
 
-    def _replay(
-        self, graphs: GraphCache, ids: Tensor, mask: Tensor, places: int, seeds: Tensor, how: dict[str, Any]
-    ) -> Tensor:
+    def _replay(self, graphs: GraphCache, how: _How, ids: Tensor, mask: Tensor, seeds: Tensor) -> Tensor:
         """Answers of a batch filled up to a power of two with empty rows, as `_packed` gives them."""
         extra = 2 ** (len(seeds) - 1).bit_length() - len(seeds)
         filled = F.pad(ids, (0, 0, 0, extra)), F.pad(mask, (0, 0, 0, extra)), F.pad(seeds, (0, extra))
 
         def draw(ids: Tensor, mask: Tensor, seeds: Tensor) -> Tensor:
-            return self._write(ids, mask, places, seeds, None, how)[0]
+            return self._write(how, ids, mask, seeds)[0]
 
-        return graphs.call((places, *how.values()), draw, *(value.to(self.device) for value in filled))
+        return graphs.call(how, draw, *(value.to(self.device) for value in filled))
 
     def _candidates(self, found: Tensor, places: int, with_log_probs: bool) -> list[list[Candidate]]:
         """The candidates of each source from `_packed`, in the order they were drawn."""
@@ -371,9 +370,3 @@ def _packed(
     return torch.stack(
         [nothing if part is None else part.to(torch.float64) for part in (ids, experts, log_probs, scores)]
     )
-
-
-def _passes(how: dict[str, Any]) -> int:
-    """Trunk passes of YAN's sampler."""
-    times = evaluation_times(time_grid(how["num_steps"]), how["method"])
-    return len(times) * (1 if how["guidance_scale"] == 1.0 else 2)

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from yan_core.config import Method, Ranking
+from yan_core.config import NUM_STEPS, Ranking, SamplingConfig
 from yan_core.model import YanModel
 from yan_core.moe import scope_length
 from yan_core.noise import Stream, fold, normal, uniform
@@ -52,13 +52,10 @@ def sample(
     source_mask: Tensor,
     length: int,
     seeds: Tensor,
-    num_steps: int = 3,
+    num_steps: int = NUM_STEPS,
     *,
-    method: Method = "euler",
+    sampling: SamplingConfig = SamplingConfig(),
     grid: Sequence[float] | None = None,
-    guidance_scale: float = 1.0,
-    num_candidates: int = 1,
-    ranking: Ranking = "bayes_risk",
     lengths: Tensor | None = None,
     with_log_probs: bool = False,
     on_step: OnStep | None = None,
@@ -75,11 +72,8 @@ def sample(
         seeds: int64, [batch]. Noise and experts are drawn on the device they are on: drawn on the CPU they are the same
             to the last bit whatever computes the rest.
         num_steps: Solver steps; with Euler's method and no guidance as many trunk passes.
-        method: ODE solver; `midpoint` and `heun` take two trunk passes a step.
+        sampling: Solver, guidance and candidates, of which the first is the one drawn alone.
         grid: Increasing times from 0 to 1, in the place of `num_steps` uniform steps, which then has no meaning.
-        guidance_scale: Classifier-free guidance; 1 is none. Useful where training had flow_loss.source_drop_share.
-        num_candidates: Targets drawn for each source in one batch; the first is the one drawn alone.
-        ranking: How the best candidate is found.
         lengths: Each row's number of tokens, [batch], where it is known: the answer then neither ends before nor goes
             on after it. None: the model's own, which is at the first end-of-text token, or with
             model.length=predicted what its length head says, the n-th candidate taking the n-th likeliest length.
@@ -89,17 +83,15 @@ def sample(
     Raises:
         ValueError: If an argument is out of range, or does not fit the model.
     """
-    config = model.config
+    config, num_candidates, ranking = model.config, sampling.num_candidates, sampling.ranking
     if not 1 <= length <= config.max_positions:
         raise ValueError(f"length must be in [1, model.max_positions={config.max_positions}], got {length}")
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be >= 1, got {num_candidates}")
     if ranking not in get_args(Ranking):
         raise ValueError(f"ranking must be one of {', '.join(get_args(Ranking))}, got {ranking!r}")
     if len(seeds) != len(source_ids):
         raise ValueError(f"seeds must be one a source: got {len(seeds)} for {len(source_ids)} sources")
     grid = time_grid(num_steps) if grid is None else grid
-    times = evaluation_times(grid, method)
+    times = evaluation_times(grid, sampling.method)
     if grid[0] != 0 or grid[-1] != 1:
         raise ValueError(f"a grid must go from 0 to 1, got {list(grid)}")
     if lengths is not None and not bool(((lengths >= 1) & (lengths <= length)).all()):
@@ -115,7 +107,8 @@ def sample(
     x_0 = config.init_noise * normal(keys, Stream.SOURCE_NOISE, (length, config.latent_width)).to(device)
     scopes = -(-length // scope_length(config, length))
     uniforms = uniform(keys, Stream.EXPERT, (scopes,)).to(device)
-    field = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=guidance_scale)
+    scale = sampling.guidance_scale
+    field = FrozenExpertField(model.flow, source, times, mask, uniforms=uniforms, guidance_scale=scale)
     by_confidence = num_candidates > 1 and ranking == "confidence"
     # A model that ends its texts itself is not let to where their lengths are known.
     never = Tokenizer.eos_id if model.length_head is None and lengths is not None else None
@@ -136,7 +129,7 @@ def sample(
         if on_step is not None:
             on_step(step, lambda: read(x, False)[:2])
 
-    x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, method, step_done)
+    x_1 = solve(field, x_0.to(model.flow.positions.weight.dtype), grid, sampling.method, step_done)
     candidates, experts, log_probs = read(x_1, with_log_probs or by_confidence)
     if num_candidates == 1:
         return Sample(candidates[:, 0], experts[:, 0], field.nfe, candidates, experts, log_probs, None)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from yan_core.config import Method
+from yan_core.config import Method, SamplingConfig
 from yan_core.model import FlowNetwork, Source
 from yan_core.moe import draw_expert, gate_log_probs, scope_length, spread
 from yan_core.noise import RowDraws
@@ -51,6 +51,16 @@ def evaluation_times(grid: Sequence[float], method: Method = "euler") -> list[fl
     if method == "heun":
         return [t for step in steps for t in step]
     raise ValueError(f"method must be one of euler, midpoint, heun, got {method!r}")
+
+
+def trunk_passes(num_steps: int, sampling: SamplingConfig) -> int:
+    """Trunk passes of an answer on the uniform grid, known before it is drawn; guidance doubles the evaluations.
+
+    Raises:
+        ValueError: If num_steps is below 1 or the method is unknown.
+    """
+    times = evaluation_times(time_grid(num_steps), sampling.method)
+    return len(times) * (1 if sampling.guidance_scale == 1.0 else 2)
 
 
 def solve(

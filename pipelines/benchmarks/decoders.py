@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from yan_core.baselines import ARDecoder
-from yan_core.config import BaselineConfig, ModelConfig, RunConfig, from_dict
+from yan_core.config import NUM_STEPS, BaselineConfig, ModelConfig, RunConfig, from_dict
 from yan_core.graphs import captured
 from yan_core.masked_diffusion import MaskedDiffusion
 from yan_core.model import YanModel, build_model
@@ -56,7 +56,7 @@ class Cell:
     batch: int
     length: int
     source_length: int = 128
-    num_steps: int = 3
+    num_steps: int = NUM_STEPS
     precision: str = "fp32"
     device: str = "cpu"
 
@@ -71,7 +71,7 @@ class Cell:
 
 @torch.no_grad()
 def naive(
-    model: YanModel, source_ids: Tensor, source_mask: Tensor, length: int, seeds: Tensor, num_steps: int = 3
+    model: YanModel, source_ids: Tensor, source_mask: Tensor, length: int, seeds: Tensor, num_steps: int = NUM_STEPS
 ) -> tuple[Tensor, Tensor]:
     """The sampler without its savings: ids and experts as `yan_core.sampler.sample` gives them, same arguments.
 

@@ -90,9 +90,11 @@ def answer(rows: Input, model: Path, folder: Path, settings=TWO, batch_size=64, 
 
 def answers_of(model: Path, rows=ROWS, settings=TWO) -> list[str]:
     """Of the generator alone, a row at a time."""
-    generator, how = yan_core.load(model), vars(settings.sampling)
+    generator, how = yan_core.load(model), settings.sampling
     return [
-        generator.generate([f"{row['context']} {row['question']}"], 2, seeds=settings.seed * 2**32 + i, **how)[0].text
+        generator.generate([f"{row['context']} {row['question']}"], 2, seeds=settings.seed * 2**32 + i, sampling=how)[
+            0
+        ].text
         for i, row in enumerate(rows)
     ]
 

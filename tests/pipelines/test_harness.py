@@ -17,7 +17,7 @@ from pipelines.evaluation import evaluate_model
 from pipelines.world import WorldConfig, examples
 from tests.yan_core.tiny import randomize, tiny_config
 from yan_core.checkpoint import read_config, save_pretrained
-from yan_core.config import EvaluationConfig, TokenizerConfig
+from yan_core.config import EvaluationConfig, SamplingConfig, TokenizerConfig
 from yan_core.model import build_model
 from yan_core.tasks import get_task
 from yan_core.tokenization import Tokenizer
@@ -61,7 +61,8 @@ def ask(context: str, doc: int = 0, task: str = "t", **settings) -> Instance:
 
 def direct(folder: Path, sources: list[str], **how) -> list[str]:
     """What the generator says to sources, the seed of each its place."""
-    return [g.text for g in yan_core.load(folder).generate(sources, seeds=list(range(len(sources))), **how)]
+    seeds, sampling = list(range(len(sources))), SamplingConfig(**how)
+    return [g.text for g in yan_core.load(folder).generate(sources, seeds=seeds, sampling=sampling)]
 
 
 def test_the_harness_finds_it_by_name():

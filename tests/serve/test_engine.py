@@ -10,12 +10,13 @@ from serve.engine import FAILURES_ALLOWED, Cancelled, Engine, Job, Settings
 from serve.errors import FieldError
 from tests.serve.conftest import TINY, save_tiny
 from yan_core.checkpoint import CheckpointError
-from yan_core.config import BaselineConfig
+from yan_core.config import BaselineConfig, SamplingConfig
 from yan_core.generator import Drawn
 from yan_core.tokenization import Encoding
 
 WORDS = "Mary John went took the apple kitchen garden to . Where is ?".split()
 PLAIN = Settings(num_steps=3, max_tokens=4)
+TWO, MANY = SamplingConfig(num_candidates=2), SamplingConfig(num_candidates=32)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_the_seed_matters(engine):
     [
         ("a", {"max_tokens": 65}, "max_tokens", r"max_tokens must be a whole number in \[1, 64\], got 65"),
         ("a" * 201, {}, "source", "at most 200 characters, got 201"),
-        ("a", {"num_candidates": 32, "max_tokens": 64}, "num_candidates", "take 2080 tokens, .* at most 2000"),
+        ("a", {"sampling": MANY, "max_tokens": 64}, "num_candidates", "take 2080 tokens, .* at most 2000"),
     ],
 )
 def test_limits_of_the_model(model_folder, source, change, field, message):
@@ -75,13 +76,13 @@ def test_limits_of_the_model(model_folder, source, change, field, message):
 def test_a_solver_that_the_model_cannot_take_is_refused(tmp_path):
     engine = Engine(save_tiny(tmp_path / "model", architecture=replace(TINY, prediction="endpoint")))
     with pytest.raises(FieldError, match="method must be euler or midpoint"):
-        engine.check(["a"], replace(PLAIN, method="heun"))
-    engine.check(["a"], replace(PLAIN, method="midpoint"))
+        engine.check(["a"], replace(PLAIN, sampling=SamplingConfig(method="heun")))
+    engine.check(["a"], replace(PLAIN, sampling=SamplingConfig(method="midpoint")))
 
 
 def test_every_step_is_shown_to_the_job_that_wants_it(engine):
     seen: list[tuple[int, list[int]]] = []
-    wanted, other = (job(engine, settings=replace(PLAIN, follow=True, num_candidates=2), seed=s) for s in (1, 2))
+    wanted, other = (job(engine, settings=replace(PLAIN, follow=True, sampling=TWO), seed=s) for s in (1, 2))
     wanted.on_step = lambda step, candidates: seen.append((step, candidates[1].tokens))
     answer, _ = engine.draw([wanted, other])
     assert [step for step, _ in seen] == [1, 2, 3]
@@ -166,7 +167,8 @@ def test_a_baseline_is_served_within_its_own_limits(tmp_path):
     engine.warm_up(3)
     with pytest.raises(FieldError, match=r"max_tokens must be a whole number in \[1, 15\], got 16"):
         engine.check(["Where?"], replace(PLAIN, max_tokens=16))
-    for change in ({"num_candidates": 2}, {"follow": True}, {"guidance_scale": 2.0}):
+    guided = SamplingConfig(guidance_scale=2.0)
+    for change in ({"sampling": TWO}, {"follow": True}, {"sampling": guided}, {"with_log_probs": True}):
         with pytest.raises(FieldError, match="is for YAN alone"):
             engine.check(["Where?"], replace(PLAIN, **change))
     (answer,) = engine.draw([job(engine, settings=replace(PLAIN, max_tokens=15))])

@@ -13,7 +13,7 @@ from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_batch
 from yan_core.baselines import ARDecoder, EncoderDecoder, next_token, pad_left
 from yan_core.batching import EOS, Batch, pad_rows
 from yan_core.checkpoint import save_pretrained
-from yan_core.config import BaselineConfig, FlowLossConfig, RunConfig, TokenizerConfig, from_dict
+from yan_core.config import BaselineConfig, FlowLossConfig, RunConfig, SamplingConfig, TokenizerConfig, from_dict
 from yan_core.loss import baseline_loss
 from yan_core.masked_diffusion import MaskedDiffusion
 from yan_core.model import build_model
@@ -316,7 +316,7 @@ def test_a_baseline_is_saved_loaded_and_answers_texts(make, tmp_path: Path) -> N
     assert len({*map(tuple, drawn)}) > 5  # else it is no draw
     assert drawn[3] == loaded.generate(["b", "a b c"], num_steps=3, seeds=[0, 3], do_sample=True)[1].tokens
     with pytest.raises(ValueError, match="num_candidates are for YAN alone"):
-        loaded.generate(["a"], num_candidates=2)
+        loaded.generate(["a"], sampling=SamplingConfig(num_candidates=2))
     with pytest.raises(ValueError, match=r"max_tokens must be in \[1, 19\]"):
         loaded.generate(["a"], max_tokens=20)
 

@@ -1,12 +1,13 @@
 """Text in, text out: seeds, lengths, what was cut, and company that changes nothing."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.yan_core.tiny import randomize, tiny_config
-from yan_core.config import TokenizerConfig
+from yan_core.config import SamplingConfig, TokenizerConfig
 from yan_core.generator import TextGenerator
 from yan_core.model import build_model
 from yan_core.tokenization import Tokenizer
@@ -180,17 +181,22 @@ def test_deterministic_mode_takes_an_empty_source_and_one_as_long_as_the_model_a
 
 def test_candidates_guidance_and_solver_reach_the_sampler() -> None:
     plain = GENERATOR.generate(SOURCES, seeds=3)
-    guided = GENERATOR.generate(SOURCES, seeds=3, guidance_scale=3.0)
+    guided = GENERATOR.generate(SOURCES, seeds=3, sampling=SamplingConfig(guidance_scale=3.0))
     assert [g.nfe for g in plain] == [3] * 4 and [g.nfe for g in guided] == [6] * 4
-    assert GENERATOR.generate(SOURCES, seeds=3, method="midpoint")[0].nfe == 6
+    assert GENERATOR.generate(SOURCES, seeds=3, sampling=SamplingConfig(method="midpoint"))[0].nfe == 6
     assert [g.tokens for g in guided] != [g.tokens for g in plain]
-    best = GENERATOR.generate(SOURCES * 8, seeds=list(range(32)), num_candidates=8, ranking="confidence")
+    sampling = SamplingConfig(num_candidates=8, ranking="confidence")
+    best = GENERATOR.generate(SOURCES * 8, seeds=list(range(32)), sampling=sampling)
     assert [g.tokens for g in best] != answers(SOURCES * 8, seeds=list(range(32)))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
-@pytest.mark.parametrize("how", [{}, {"num_candidates": 3, "ranking": "confidence", "guidance_scale": 2.0}], ids=str)
-def test_few_shapes_give_the_same_answers(count: int, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingConfig(), SamplingConfig(num_candidates=3, ranking="confidence", guidance_scale=2.0)],
+    ids=["usual", "guided candidates"],
+)
+def test_few_shapes_give_the_same_answers(count: int, sampling: SamplingConfig) -> None:
     """Batches of a power of two and sources of a multiple of 16 tokens, as CUDA graphs want them."""
     bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
     seen: list[tuple[int, ...]] = []
@@ -203,11 +209,38 @@ def test_few_shapes_give_the_same_answers(count: int, how: dict[str, Any]) -> No
 
     bucketed.graphs.call = spy  # type: ignore[method-assign]
     sources, seeds = (SOURCES * 2)[:count], list(range(count))
-    expected = GENERATOR.generate(sources, seeds=seeds, **how)
-    found = bucketed.generate(sources, seeds=seeds, **how)
+    expected = GENERATOR.generate(sources, seeds=seeds, sampling=sampling)
+    found = bucketed.generate(sources, seeds=seeds, sampling=sampling)
     assert [(g.tokens, g.nfe) for g in found] == [(g.tokens, g.nfe) for g in expected]
     rows = {1: 1, 3: 4, 4: 4, 5: 8}[count]
     assert seen == [(rows, 16), (rows, 16), (rows,)]
+
+
+def test_whatever_changes_the_computation_has_a_graph_of_its_own() -> None:
+    """A graph replays what it was captured with, so its key must tell all of that apart; here it is the function."""
+    bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
+    encodings, three = GENERATOR.encode(SOURCES), SamplingConfig(num_candidates=3)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"max_tokens": 4},
+        {"num_steps": 2},
+        {"with_log_probs": True},
+        {"sampling": SamplingConfig(method="midpoint")},
+        {"sampling": SamplingConfig(guidance_scale=3.0)},
+        {"sampling": three},
+        {"sampling": replace(three, ranking="confidence")},
+    ]
+    for _ in range(2):
+        for way in ways:
+            found, expected = (g.draw(encodings, seeds=3, **way) for g in (bucketed, GENERATOR))
+            assert [d.nfe for d in found] == [d.nfe for d in expected]
+            assert [[c.tokens for c in d.candidates] for d in found] == [
+                [c.tokens for c in d.candidates] for d in expected
+            ]
+            assert [c.log_probs is None for d in found for c in d.candidates] == ["with_log_probs" not in way] * sum(
+                len(d.candidates) for d in found
+            )
+    assert bucketed.graphs is not None and len(bucketed.graphs) == len(ways)
 
 
 def test_one_length_a_source() -> None:
@@ -228,10 +261,9 @@ def test_graphs_answer_as_the_eager_sampler_on_a_gpu(dtype: torch.dtype) -> None
 
 def test_drawing_gives_every_candidate_the_best_first() -> None:
     encodings = GENERATOR.encode(SOURCES)
-    drawn = GENERATOR.draw(encodings, 3, seeds=3, num_candidates=4, ranking="confidence", with_log_probs=True)
-    for answer, first, best in zip(
-        drawn, answers(SOURCES, seeds=3), answers(SOURCES, seeds=3, num_candidates=4, ranking="confidence"), strict=True
-    ):
+    how: dict[str, Any] = {"seeds": 3, "sampling": SamplingConfig(num_candidates=4, ranking="confidence")}
+    drawn = GENERATOR.draw(encodings, 3, with_log_probs=True, **how)
+    for answer, first, best in zip(drawn, answers(SOURCES, seeds=3), answers(SOURCES, **how), strict=True):
         assert answer.candidates[0].tokens == best
         assert next(c.tokens for c in answer.candidates if c.number == 0) == first
         assert sorted(c.number for c in answer.candidates) == [0, 1, 2, 3]
@@ -252,7 +284,11 @@ def test_drawing_can_be_watched(deterministic: bool) -> None:
             seen[i].append((step, candidates[1].tokens))
 
     encodings = GENERATOR.encode(SOURCES)
-    how: dict[str, Any] = {"seeds": [3, 1, 4, 1], "num_candidates": 2, "deterministic": deterministic}
+    how: dict[str, Any] = {
+        "seeds": [3, 1, 4, 1],
+        "sampling": SamplingConfig(num_candidates=2),
+        "deterministic": deterministic,
+    }
     drawn = GENERATOR.draw(encodings, 4, on_step=on_step, **how)
     assert drawn == GENERATOR.draw(encodings, 4, **how)
     for i, answer in enumerate(drawn):
@@ -264,7 +300,7 @@ def test_drawing_can_be_watched(deterministic: bool) -> None:
 def test_few_shapes_give_the_same_candidates() -> None:
     bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
     encodings = GENERATOR.encode(SOURCES[:3])
-    how: dict[str, Any] = {"seeds": [3, 1, 4], "num_candidates": 3, "with_log_probs": True}
+    how: dict[str, Any] = {"seeds": [3, 1, 4], "sampling": SamplingConfig(num_candidates=3), "with_log_probs": True}
     for found, expected in zip(bucketed.draw(encodings, **how), GENERATOR.draw(encodings, **how), strict=True):
         for one, other in zip(found.candidates, expected.candidates, strict=True):
             assert (one.tokens, one.experts, one.number) == (other.tokens, other.experts, other.number)

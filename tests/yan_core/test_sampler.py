@@ -8,6 +8,7 @@ import torch
 
 from tests.yan_core.tiny import VOCAB, pad_right, random_rows, tiny_model
 from yan_core.batching import pad_rows
+from yan_core.config import SamplingConfig
 from yan_core.model import YanModel
 from yan_core.noise import Stream, fold, normal, uniform
 from yan_core.sampler import sample
@@ -69,7 +70,7 @@ def naive(
 
 
 def assert_equals_naive(model: YanModel, length: int, num_steps: int, **how: Any) -> None:
-    drawn = sample(model, *SOURCES, length, SEEDS, num_steps, **how)
+    drawn = sample(model, *SOURCES, length, SEEDS, num_steps, sampling=SamplingConfig(**how))
     for i, n in enumerate(LENGTHS):
         ids, expert = naive(model, SOURCES[0][i, :n].tolist(), length, int(SEEDS[i]), num_steps, **how)
         assert drawn.ids[i].tolist() == ids
@@ -106,7 +107,7 @@ def test_equals_the_naive_sampler_by_heun() -> None:
 
 def test_an_endpoint_has_no_velocity_at_the_end() -> None:
     with pytest.raises(ValueError, match="no velocity at t = 1.*euler or midpoint"):
-        sample(tiny_model(prediction="endpoint"), *SOURCES, 9, SEEDS, method="heun")
+        sample(tiny_model(prediction="endpoint"), *SOURCES, 9, SEEDS, sampling=SamplingConfig(method="heun"))
 
 
 def test_one_euler_step_of_an_endpoint_is_the_endpoint() -> None:
@@ -203,7 +204,7 @@ def test_the_longest_length_is_allowed_and_no_longer_one() -> None:
 def test_the_first_candidate_is_the_one_drawn_alone_and_the_others_differ() -> None:
     model = tiny_model()
     alone = sample(model, *SOURCES, 10, SEEDS)
-    several = sample(model, *SOURCES, 10, SEEDS, num_candidates=4)
+    several = sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=4))
     assert alone.scores is None and torch.equal(alone.candidates[:, 0], alone.ids)
     assert several.candidates.shape == (6, 4, 10) and several.nfe == alone.nfe
     assert torch.equal(several.candidates[:, 0], alone.ids)
@@ -213,7 +214,7 @@ def test_the_first_candidate_is_the_one_drawn_alone_and_the_others_differ() -> N
 @pytest.mark.parametrize("ranking", ["bayes_risk", "confidence"])
 def test_the_best_candidate_is_given_with_its_experts(ranking: Any) -> None:
     model = tiny_model(expert_scope="token")
-    drawn = sample(model, *SOURCES, 10, SEEDS, num_candidates=5, ranking=ranking)
+    drawn = sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=5, ranking=ranking))
     assert drawn.scores is not None and drawn.scores.shape == (6, 5)
     for i, best in enumerate(drawn.scores.argmax(-1).tolist()):
         assert torch.equal(drawn.ids[i], drawn.candidates[i, best])
@@ -225,7 +226,7 @@ def test_the_best_candidate_is_given_with_its_experts(ranking: Any) -> None:
 
 def test_candidates_do_not_depend_on_the_company() -> None:
     model = tiny_model()
-    together = sample(model, *SOURCES, 10, SEEDS, num_candidates=3, ranking="confidence")
+    together = sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=3, ranking="confidence"))
     for i, n in enumerate(LENGTHS):
         alone = sample(
             model,
@@ -233,8 +234,7 @@ def test_candidates_do_not_depend_on_the_company() -> None:
             SOURCES[1][i : i + 1, :n],
             10,
             SEEDS[i : i + 1],
-            num_candidates=3,
-            ranking="confidence",
+            sampling=SamplingConfig(num_candidates=3, ranking="confidence"),
         )
         assert torch.equal(alone.candidates[0], together.candidates[i]) and torch.equal(alone.ids[0], together.ids[i])
 
@@ -258,7 +258,7 @@ def test_without_an_oracle_the_length_head_says_and_each_candidate_takes_another
     likely = model.length_head(source.mean)[:, :10].argsort(-1, descending=True) + 1
     own, oracle = sample(model, *SOURCES, 10, SEEDS), sample(model, *SOURCES, 10, SEEDS, lengths=likely[:, 0])
     assert torch.equal(own.ids, oracle.ids)
-    several = sample(model, *SOURCES, 10, SEEDS, num_candidates=12, ranking="confidence")
+    several = sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=12, ranking="confidence"))
     assert torch.equal(several.candidates[:, 0], own.ids) and several.candidates.shape == (6, 12, 10)
     second = several.candidates[:, 1]
     assert (second[torch.arange(10) >= likely[:, 1:2]] == Tokenizer.eos_id).all()
@@ -282,7 +282,7 @@ def test_a_model_that_fills_its_places_can_be_told_the_length() -> None:
 def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) -> None:
     """As if each candidate were read by itself, in no more places than it has."""
     model = tiny_model(length=length)
-    drawn = sample(model, *SOURCES, 10, SEEDS, num_candidates=4, ranking="confidence")
+    drawn = sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=4, ranking="confidence"))
     assert drawn.scores is not None
     passed: list[torch.Tensor] = []
     read = model.decoder.read
@@ -292,7 +292,7 @@ def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) 
         return read(latents, **options)
 
     model.decoder.read = spy  # type: ignore[method-assign]
-    sample(model, *SOURCES, 10, SEEDS, num_candidates=4, ranking="confidence")
+    sample(model, *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=4, ranking="confidence"))
     log_probs = model.decoder(passed[0]).log_softmax(-1).unflatten(0, (4, 6)).transpose(0, 1)
     source = model.encode_source(*SOURCES)
     for i in range(6):
@@ -310,7 +310,8 @@ def test_candidates_are_ranked_by_the_confidence_in_their_own_text(length: Any) 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="ranking must be one of bayes_risk, confidence, got 'mbr'"):
-        sample(tiny_model(), *SOURCES, 10, SEEDS, num_candidates=2, ranking="mbr")  # type: ignore[arg-type]
+        unknown = SamplingConfig(num_candidates=2, ranking="mbr")  # type: ignore[arg-type]
+        sample(tiny_model(), *SOURCES, 10, SEEDS, sampling=unknown)
     with pytest.raises(ValueError, match="seeds must be one a source: got 2 for 6 sources"):
         sample(tiny_model(), *SOURCES, 10, SEEDS[:2])
     for grid in ([0.5, 1.0], [0.0, 2.0]):
@@ -319,7 +320,7 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lengths must be in \[1, length=4\]"):
         sample(tiny_model(length="predicted"), *SOURCES, 4, SEEDS, lengths=torch.full((6,), 5))
     with pytest.raises(ValueError, match="num_candidates must be >= 1, got 0"):
-        sample(tiny_model(), *SOURCES, 10, SEEDS, num_candidates=0)
+        sample(tiny_model(), *SOURCES, 10, SEEDS, sampling=SamplingConfig(num_candidates=0))
 
 
 def test_any_time_grid_can_be_asked_for() -> None:
@@ -336,14 +337,15 @@ def test_any_time_grid_can_be_asked_for() -> None:
 def test_the_way_can_be_watched_and_ends_at_the_answer(length: str) -> None:
     model = tiny_model(length=length, expert_scope="token")
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    three = SamplingConfig(num_candidates=3)
     drawn = sample(
-        model, *SOURCES, 10, SEEDS, 4, num_candidates=3, on_step=lambda step, read: seen.append((step, *read()))
+        model, *SOURCES, 10, SEEDS, 4, sampling=three, on_step=lambda step, read: seen.append((step, *read()))
     )
     assert [step for step, _, _ in seen] == [1, 2, 3, 4]
     assert all(torch.equal(experts, drawn.experts) for _, _, experts in seen)
     assert torch.equal(seen[-1][1], drawn.candidates)
     assert not torch.equal(seen[0][1], drawn.candidates)
-    assert torch.equal(sample(model, *SOURCES, 10, SEEDS, 4, num_candidates=3).ids, drawn.ids)
+    assert torch.equal(sample(model, *SOURCES, 10, SEEDS, 4, sampling=three).ids, drawn.ids)
     chosen = (drawn.candidates == drawn.ids[:, None]).all(-1) & (drawn.experts == drawn.expert[:, None]).all(-1)
     assert bool(chosen.any(-1).all())
 

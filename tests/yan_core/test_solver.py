@@ -9,10 +9,10 @@ import torch
 
 from tests.yan_core.tiny import random_rows, tiny_model
 from yan_core.batching import pad_rows
-from yan_core.config import Method
+from yan_core.config import Method, SamplingConfig
 from yan_core.moe import scope_length
 from yan_core.noise import RowDraws
-from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid
+from yan_core.solver import FrozenExpertField, evaluation_times, solve, time_grid, trunk_passes
 
 METHODS = get_args(Method)
 
@@ -125,6 +125,7 @@ def test_trunk_passes_are_counted_and_one_expert_serves_them_all(
     with torch.no_grad():
         solve(velocity, torch.randn(2, length, 16), grid, method)
     assert field.nfe == sum(passes) == num_steps * per_step
+    assert trunk_passes(num_steps, SamplingConfig(method=method, guidance_scale=guidance_scale)) == field.nfe
     assert all(torch.equal(expert, seen[0]) for expert in seen)
     assert seen[0].shape == (2, length)
     for start in range(0, length, tokens):
