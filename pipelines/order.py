@@ -69,7 +69,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSlice:
     """Some rows of one fragment.
 
     Attributes:
@@ -148,7 +148,7 @@ class RowOrder:
         ends = self._epoch(0).ends
         return int(ends[-1]) if len(ends) else 0
 
-    def pieces(self, start: int, stop: int) -> list[Piece]:
+    def slices(self, start: int, stop: int) -> list[RowSlice]:
         """The rows from `start` to before `stop` of the line, in order."""
         found = []
         while start < stop:
@@ -165,7 +165,7 @@ class RowOrder:
                 within = rng.permutation(count)
             places = first + within[at - before : until - before]
             ids = reading * int(self.row_ends[-1]) + self.row_ends[shard] - self.rows[shard] + places
-            found.append(Piece(self.shards[shard].path, places, ids, number))
+            found.append(RowSlice(self.shards[shard].path, places, ids, number))
             start += until - at
         return found
 

@@ -107,16 +107,16 @@ class Packed:
 
     def _lane(self, stage: str, order: StageOrder, pool: Pool, lane: int) -> dict[str, np.ndarray]:
         """Rows of one lane of one pool, batch after batch; as `stream.ReadShare` reads them."""
-        pieces = order.rows.pieces(*order.lane(pool.number, lane))
+        slices = order.rows.slices(*order.lane(pool.number, lane))
         columns = COLUMNS["finetune" if stage == "finetune" else "flow"]
 
         def column(name: str) -> np.ndarray:
-            of_pieces = [self._rows[p.path.split("/")[0], name][self._first[p.path] + p.places] for p in pieces]
-            return np.concatenate(of_pieces)
+            of_slices = [self._rows[s.path.split("/")[0], name][self._first[s.path] + s.places] for s in slices]
+            return np.concatenate(of_slices)
 
         rows = {name: column(name) for name in columns}
-        rows["epoch"] = np.concatenate([np.full(len(p.ids), p.epoch, np.int32) for p in pieces])
-        rows["row"] = np.concatenate([p.ids for p in pieces])
+        rows["epoch"] = np.concatenate([np.full(len(s.ids), s.epoch, np.int32) for s in slices])
+        rows["row"] = np.concatenate([s.ids for s in slices])
         picked = order.pick(np.array([len(ids) for ids in rows[columns[0]]]), pool.batches)
         return {"source": np.empty(len(picked), object), **{name: values[picked] for name, values in rows.items()}}
 

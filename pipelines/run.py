@@ -144,9 +144,9 @@ def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def up_to_date(name: str, recorded: Path, inputs: dict[str, Any], whole: bool) -> bool:
+def up_to_date(name: str, record: Path, inputs: dict[str, Any], whole: bool) -> bool:
     """Decide whether a step's result can stay, and say why."""
-    old = read_inputs(recorded)
+    old = read_inputs(record)
     if old == inputs and whole:
         say(f"{name}: done before, inputs unchanged")
         return True
@@ -181,12 +181,12 @@ def _model_is_whole(folder: Path) -> bool:
 def prepare_step(config: RunConfig, folder: Path) -> Prepared:
     """Prepare the data unless they are there and up to date."""
     inputs = data_inputs(config)
-    recorded = folder / "prepared.inputs.json"
-    if up_to_date("prepare", recorded, inputs, _data_are_whole(folder / "prepared")):
+    record = folder / "prepared.inputs.json"
+    if up_to_date("prepare", record, inputs, _data_are_whole(folder / "prepared")):
         return open_prepared(folder / "prepared")
-    recorded.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
     prepared = prepare(config, folder / "prepared", say)
-    write_file(recorded, json.dumps(inputs, indent=2))
+    write_file(record, json.dumps(inputs, indent=2))
     rows, bad = prepared.manifest["rows"], sum(prepared.manifest["bad_rows"].values())
     say(
         f"  {rows['finetune']} training rows, {rows['validation']} validation rows, {rows['flow']} corpus windows; "
@@ -319,14 +319,14 @@ def _publish(
     Returns:
         The model's folder, its figures, and its name in the registry.
     """
-    model, recorded = folder / "model", folder / "model.inputs.json"
-    done = read_inputs(recorded)
+    model, record = folder / "model", folder / "model.inputs.json"
+    done = read_inputs(record)
     if done is None or done["final"] != final or not _model_is_whole(model):
-        recorded.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
         quality = measure(config, prepared, last)
         save_with_card(config, prepared, last, model, quality)
         done = {"final": final, "registered": "", "quality": [vars(q) for q in quality]}
-        write_file(recorded, json.dumps(done, indent=2))
+        write_file(record, json.dumps(done, indent=2))
     elif done["registered"]:
         say("evaluate, register: done before, inputs unchanged")
     else:
@@ -334,5 +334,5 @@ def _publish(
     quality = [Quality(**q) for q in done["quality"]]
     if not done["registered"]:
         done["registered"] = register(config, prepared, model, quality, tracker)
-        write_file(recorded, json.dumps(done, indent=2))
+        write_file(record, json.dumps(done, indent=2))
     return model, quality, done["registered"]

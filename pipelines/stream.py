@@ -139,11 +139,11 @@ def _read_pool(stream: StageStream, pool: Pool, lanes: range, rank: int) -> pa.T
     """A worker's rows of one pool."""
     order, task = stream.order, stream.stage == "finetune"
     columns = ["source", "target"] if task else ["target"]
-    of_lanes = [order.rows.pieces(*order.lane(pool.number, lane)) for lane in lanes]
-    pieces = [piece for of_lane in of_lanes for piece in of_lane]
-    rows = read_rows_of([(p.path, p.places) for p in pieces], columns)
-    epoch = np.concatenate([np.full(len(p.ids), p.epoch, np.int32) for p in pieces])
-    ids = np.concatenate([p.ids for p in pieces])
+    of_lanes = [order.rows.slices(*order.lane(pool.number, lane)) for lane in lanes]
+    slices = [part for of_lane in of_lanes for part in of_lane]
+    rows = read_rows_of([(s.path, s.places) for s in slices], columns)
+    epoch = np.concatenate([np.full(len(s.ids), s.epoch, np.int32) for s in slices])
+    ids = np.concatenate([s.ids for s in slices])
     lengths = np.diff(rows.column(columns[0]).combine_chunks().offsets.to_numpy()).reshape(len(lanes), -1)
     size = lengths.shape[1]
     picked = np.stack([i * size + order.pick(of_lane, pool.batches) for i, of_lane in enumerate(lengths)])

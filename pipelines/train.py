@@ -32,7 +32,7 @@ from pipelines.listing import DataError, raised_in
 from pipelines.metrics_buffer import UNSENT
 from pipelines.prepare import Prepared
 from pipelines.state import StageJob
-from pipelines.worker import STREAM, DealtStream, TrainingStream, train_loop
+from pipelines.worker import STREAM, DealtStream, LoopConfig, TrainingStream, train_loop
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_description, code_fingerprint
 from yan_core.training import (
@@ -80,17 +80,17 @@ def train_stages(
     place = f"{scaling.storage.rstrip('/')}/{config.name}" if scaling.storage else str(storage.resolve())
     checkpoints = f"{place}/{TRAINING}"
     stream = TrainingStream(to_dict(config), stages, str(prepared.folder.resolve()), checkpoints)
-    loop_config = {
-        "stream": stream,
-        "failure": str(failure),
-        "unsent": str(storage.resolve().parent / UNSENT.format(tracker.run_id if tracker else "")),
-        "code": (code_fingerprint(), code_description()),
-        "board": board,
-        "mlflow": (tracker.uri, tracker.run_id) if tracker else None,
-    }
+    loop = LoopConfig(
+        stream=stream,
+        failure=str(failure),
+        unsent=str(storage.resolve().parent / UNSENT.format(tracker.run_id if tracker else "")),
+        code=(code_fingerprint(), code_description()),
+        board=board,
+        mlflow=(tracker.uri, tracker.run_id) if tracker else None,
+    )
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config=loop_config,
+        train_loop_config=loop.wrapped(),
         datasets={STREAM: ray.data.range(1)},  # in its place the workers get the stream
         dataset_config=DealtStream(stream),
         scaling_config=ScalingConfig(

@@ -136,46 +136,67 @@ def _tracker(uri: str, run_id: str) -> Tracker:
     return Tracker(uri, run_id)
 
 
-def train_loop(job: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class LoopConfig:
+    """What each worker of a training is given.
+
+    Attributes:
+        stream: What is trained, on which rows.
+        failure: File that says why training cannot go on.
+        unsent: File of metrics that could not be sent.
+        code: Fingerprint of the driver's yan_core, and which it is in words.
+        board: Takes rank 0's progress lines.
+        mlflow: Address and run of rank 0's metrics.
+    """
+
+    stream: TrainingStream
+    failure: str
+    unsent: str
+    code: tuple[str, str]
+    board: ActorHandle | None
+    mlflow: tuple[str, str] | None
+
+    def wrapped(self) -> dict[str, LoopConfig]:
+        """What Ray Train, which wants a dictionary, hands to `train_loop`."""
+        return {"loop": self}
+
+
+def train_loop(wrapped: dict[str, LoopConfig]) -> None:
     """What each worker runs: the stages in order, from the start or from the newest sound checkpoint.
 
     Args:
-        job: `stream` (a TrainingStream), `failure` (file that says why training cannot go on), `unsent` (file of
-            metrics that could not be sent), `code` (fingerprint of the driver's yan_core, and which it is in words),
-            `board` and `mlflow` (for rank 0).
+        wrapped: From `LoopConfig.wrapped`.
     """
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    if not same_code(job, rank):  # on every worker alike
+    loop = wrapped["loop"]
+    rank = ray.train.get_context().get_world_rank()
+    if not same_code(loop, rank):  # on every worker alike
         return
-    board = job["board"] if rank == 0 else None
+    board = loop.board if rank == 0 else None
     tracker = None
-    if rank == 0 and job["mlflow"]:
-        tracker = MetricsBuffer(partial(_tracker, *job["mlflow"]), Path(job["unsent"]))
+    if rank == 0 and loop.mlflow:
+        tracker = MetricsBuffer(partial(_tracker, *loop.mlflow), Path(loop.unsent))
     try:
-        train_all(job["stream"], board, tracker)
+        train_all(loop.stream, board, tracker)
     except NonFiniteLoss as error:  # on every worker alike; to try again would end alike
         if rank == 0:
-            write_file(Path(job["failure"]), str(error))
+            write_file(Path(loop.failure), str(error))
     except Stopped:  # on every worker alike
         pass
     finally:
         if tracker is not None and (left := tracker.close()) and board is not None:
-            board.add.remote(
-                f"  training    MLflow does not answer: {left} values wait in {job['unsent']} until it does"
-            )
+            board.add.remote(f"  training    MLflow does not answer: {left} values wait in {loop.unsent} until it does")
 
 
-def same_code(job: dict[str, Any], rank: int) -> bool:
+def same_code(loop: LoopConfig, rank: int) -> bool:
     """Whether every worker runs the driver's copy of the code; one that does not says so where the driver looks.
 
     To start the workers again would end alike, so none of them raises.
     """
-    fingerprint, driver = job["code"]
+    fingerprint, driver = loop.code
     other = code_fingerprint() != fingerprint
     if other:
         write_file(
-            Path(job["failure"]),
+            Path(loop.failure),
             f"worker {rank} runs another copy of the code ({code_description()}) than the driver ({driver}): ship one "
             "copy, by --working-dir or in the image, and do not edit it in mid-run",
         )

@@ -21,9 +21,9 @@ def fragments(request, monkeypatch):
 def line(order, start, stop):
     """(epoch, file, place, number) of each row of a part of the line."""
     return [
-        (piece.epoch, piece.path, int(place), int(row))
-        for piece in order.pieces(start, stop)
-        for place, row in zip(piece.places, piece.ids, strict=True)
+        (part.epoch, part.path, int(place), int(row))
+        for part in order.slices(start, stop)
+        for place, row in zip(part.places, part.ids, strict=True)
     ]
 
 

@@ -1,15 +1,18 @@
 """A stage's state: what a checkpoint brings back, and what it refuses."""
 
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray.train
 import torch
 
 from pipelines.checkpoints import Checkpoints
 from pipelines.order import Position, RowOrder, Shard, StageOrder
 from pipelines.state import StageJob, StageState
 from pipelines.train import reason_of_failures
-from pipelines.worker import left_from
+from pipelines.worker import LoopConfig, TrainingStream, left_from, train_loop
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import RunConfig, from_dict, to_dict
 from yan_core.model import build_model
@@ -118,3 +121,21 @@ def test_the_reason_of_failures_a_failed_worker_is_what_was_raised_and_not_the_a
     died = RuntimeError("The worker died.\nIts node was terminated: health check failed\n")
     assert reason_of_failures({0: died}, ValueError("other")) == "Its node was terminated: health check failed"
     assert reason_of_failures({}, ValueError("other")) == "other"
+
+
+def test_a_worker_with_another_copy_of_the_code_says_so_where_the_driver_looks(tmp_path, monkeypatch):
+    loop = LoopConfig(
+        stream=TrainingStream({}, [JOB], "nowhere", "nowhere"),
+        failure=str(tmp_path / "failure.txt"),
+        unsent="",
+        code=("another", "yan_core of the driver"),
+        board=None,
+        mlflow=None,
+    )
+    given = pickle.loads(pickle.dumps(loop.wrapped()))  # as Ray Train hands it to each worker
+    assert given == {"loop": loop}
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 3))
+    train_loop(given)  # opens nothing
+    said = (tmp_path / "failure.txt").read_text()
+    assert said.startswith("worker 3 runs another copy of the code (")
+    assert "than the driver (yan_core of the driver)" in said
