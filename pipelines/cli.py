@@ -57,7 +57,7 @@ def _run(args: list[str]) -> int:
 
 def _at_least_one(chosen: argparse.Namespace, *names: str) -> None:
     for name in names:
-        value = getattr(chosen, name)
+        value = getattr(chosen, name, None)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
 
@@ -185,6 +185,9 @@ def _generate(args: list[str]) -> int:
 
 
 SERVE_ARGS = (
+    "num_replicas",
+    "num_steps",
+    "use_gpu",
     "api_keys_file",
     "requests_per_minute",
     "access_log",
@@ -203,16 +206,17 @@ SERVE_ARGS = (
 def _serve(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan serve", description="Serve a model over HTTP until interrupted.")
     parser.add_argument("--model", required=True, help="model folder or models:/name@alias")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("--replicas", type=int, default=1, help="copies of the model")
-    parser.add_argument("--num-steps", type=int, default=3, help="solver steps where a request names none")
-    parser.add_argument("--gpu", action="store_true", help="one GPU a replica")
+    unnamed: Any = {"default": argparse.SUPPRESS}  # the defaults are in serve.schemas.AppArgs and serve.launch
+    parser.add_argument("--host", **unnamed, help="address to listen on")
+    parser.add_argument("--port", type=int, **unnamed, help="port to listen on")
+    parser.add_argument("--replicas", dest="num_replicas", type=int, **unnamed, help="copies of the model")
+    parser.add_argument("--num-steps", type=int, **unnamed, help="solver steps where a request names none")
+    parser.add_argument("--gpu", dest="use_gpu", action="store_true", **unnamed, help="one GPU a replica")
     parser.add_argument(
         "--address", default=None, help="Ray cluster to serve on; default: RAY_ADDRESS, else a local one"
     )
     parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
-    more = parser.add_argument_group("more", argument_default=argparse.SUPPRESS)  # the defaults are in AppArgs
+    more = parser.add_argument_group("more", argument_default=argparse.SUPPRESS)
     more.add_argument("--api-keys", dest="api_keys_file", metavar="FILE", help="who may ask: see docs/SERVING.md")
     more.add_argument("--requests-per-minute", type=int, help="most requests of a key to a replica")
     more.add_argument("--access-log", metavar="FILE", help="one JSON line a request; default: with Ray's logs")
@@ -229,22 +233,17 @@ def _serve(args: list[str]) -> int:
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "port")
     given = {key: value for key, value in vars(chosen).items() if key in SERVE_ARGS}
+    where = {key: value for key, value in vars(chosen).items() if key in ("host", "port")}
     import importlib
 
     # Named as strings: pipelines never imports serve but here.
     launch, schemas = importlib.import_module("serve.launch"), importlib.import_module("serve.schemas")
+    tracking_uri = chosen.tracking_uri or _default_registry()
     try:
-        app_args = schemas.AppArgs(
-            model=chosen.model,
-            num_replicas=chosen.replicas,
-            num_steps=chosen.num_steps,
-            tracking_uri=chosen.tracking_uri or _default_registry(),
-            use_gpu=chosen.gpu,
-            **given,
-        )
+        app_args = schemas.AppArgs(model=chosen.model, tracking_uri=tracking_uri, **given)
     except ValueError as error:
         raise UsageError(_by_option(error, schemas.AppArgs.model_fields)) from error
-    launch.serve_blocking(app_args, chosen.host, chosen.port, chosen.address)
+    launch.serve_blocking(app_args, **where, ray_address=chosen.address)
     return 0
 
 

@@ -109,9 +109,9 @@ class Engine:
         self,
         folder: str | Path,
         *,
-        max_batch_size: int = 32,
-        max_batch_tokens: int = 16_384,
-        max_source_chars: int = 20_000,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_source_chars: int,
         device: str = "cpu",
     ) -> None:
         """Load a model.

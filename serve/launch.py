@@ -32,6 +32,10 @@ from serve.registry import find_version, is_registered
 from serve.schemas import AppArgs
 from yan_core.checkpoint import read_config
 
+HOST, PORT = "127.0.0.1", 8000
+"""Where a server listens that is not told."""
+READY_S = 300.0
+"""Longest wait for readiness, by default."""
 APP_NAME = "yan"
 """Name of the application in Serve."""
 BEHIND_HAPROXY = ("127.0.0.1", "localhost", "0.0.0.0")
@@ -48,7 +52,7 @@ class LaunchError(RuntimeError):
 
 
 def serve_blocking(
-    args: AppArgs, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None, timeout_s: float = 300.0
+    args: AppArgs, host: str = HOST, port: int = PORT, ray_address: str | None = None, timeout_s: float = READY_S
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -105,7 +109,7 @@ def refuse_host(host: str) -> None:
 
 @contextlib.contextmanager
 def running_server(
-    args: AppArgs, host: str = "127.0.0.1", port: int = 8000, ray_address: str | None = None, timeout_s: float = 300.0
+    args: AppArgs, host: str = HOST, port: int = PORT, ray_address: str | None = None, timeout_s: float = READY_S
 ) -> Iterator[str]:
     """A server for the length of a block; arguments and errors as `serve_blocking`.
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -79,24 +79,23 @@ class Models:
 
     def __init__(
         self,
-        models: Sequence[ServedModel] | Mapping[str, ServedModel],
-        source: Source | None = None,
+        models: Mapping[str, ServedModel],
+        source: Source,
         *,
-        any_registered: bool = False,
-        most: int = 4,
-        retry_s: float = 10.0,
+        any_registered: bool,
+        most: int,
+        retry_s: float,
     ) -> None:
         """Hold at least one; the first is the one that answers requests which name none.
 
         Args:
-            models: Those that stay, by address where they have one.
+            models: Those that stay, by address.
             source: Where others and newer versions come from.
             any_registered: Whether a request may name any model of the registry.
             most: Most models in memory; then the one that was not asked for the longest goes.
             retry_s: A model that could not be loaded is not tried again for so long.
         """
-        by_address = models if isinstance(models, Mapping) else {model.name: model for model in models}
-        self._held = {address: _Held(model, pinned=True) for address, model in by_address.items()}
+        self._held = {address: _Held(model, pinned=True) for address, model in models.items()}
         self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
         self._first = next(iter(self._held.values()))
         self._loading: dict[str, asyncio.Task[_Held]] = {}
@@ -126,7 +125,7 @@ class Models:
         refusals = [held.model.batcher.refusal() for held in self._held.values()]
         return None if None in refusals else refusals[0]
 
-    async def get(self, name: str | None, timeout_s: float = 30.0) -> ServedModel:
+    async def get(self, name: str | None, timeout_s: float) -> ServedModel:
         """The model of a name: that of its answers, or its address with or without `models:/`.
 
         Args:
@@ -182,7 +181,6 @@ class Models:
         return await asyncio.shield(self._loading[address])  # who leaves does not take it along
 
     async def _load(self, address: str) -> _Held:
-        assert self._source is not None
         name = address.removeprefix(SCHEME)
         try:
             async with self._one_at_a_time:
@@ -232,7 +230,6 @@ class Models:
 
     async def refresh(self) -> None:
         """Look where the aliases point, and put new versions in the place of old ones."""
-        assert self._source is not None
         for address, held in list(self._held.items()):
             if not is_registered(address) or "@" not in address:
                 continue

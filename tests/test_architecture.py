@@ -138,7 +138,7 @@ class Run:
 
 
 def literal_defaults(file: Path) -> set[str]:
-    """Names of parameters and fields of a file whose default is a text or a number written there."""
+    """Names of parameters and fields of a file whose default is a number or a text, not an empty one, written there."""
     pairs: list[tuple[str, ast.expr | None]] = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.arguments):
@@ -147,7 +147,8 @@ def literal_defaults(file: Path) -> set[str]:
             pairs += [(arg.arg, default) for arg, default in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             pairs.append((node.target.id, node.value))
-    return {name for name, value in pairs if isinstance(value, ast.Constant) and type(value.value) in (str, int, float)}
+    values = [(name, value.value) for name, value in pairs if isinstance(value, ast.Constant) and value.value != ""]
+    return {name for name, value in values if type(value) in (str, int, float)}
 
 
 def test_the_defaults_of_sampling_stand_in_the_config_alone():
@@ -159,6 +160,12 @@ def test_the_defaults_of_sampling_stand_in_the_config_alone():
     again = {file.relative_to(ROOT): names & literal_defaults(file) for file in SOURCES if file.name != "config.py"}
     assert {file: found for file, found in again.items() if found - own.get(file, set())} == {}
     assert literal_defaults(ROOT / "yan_core/config.py") >= names - {"num_steps"}  # or the test would see nothing
+
+
+def test_the_defaults_of_serving_stand_in_the_arguments_of_the_app_alone():
+    names = {*schemas.AppArgs.model_fields, "most", "retry_s", "timeout_s", "host", "port"}
+    files = [file for file in SOURCES if file.parent.name == "serve" and file.name != "schemas.py"]
+    assert {file.name: names & literal_defaults(file) for file in files if names & literal_defaults(file)} == {}
 
 
 def test_the_page_of_settings_is_made_from_the_settings():

@@ -1,6 +1,6 @@
 """A tiny model with random weights, on disk, and the HTTP API over it without Ray."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.models import ServedModel, pools
-from serve.pool import Models
+from serve.pool import Models, Source
 from serve.routes import create_api
 from serve.schemas import AppArgs
 from yan_core.checkpoint import save_pretrained
@@ -45,6 +45,37 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("runs") / "tiny" / "model")
 
 
+def engine_of(folder: Path, **limits: int) -> Engine:
+    """The model of a folder, with the app's limits where none are named."""
+    args = AppArgs(model="m", **limits)  # type: ignore[arg-type]
+    return Engine(
+        folder,
+        max_batch_size=args.max_batch_size,
+        max_batch_tokens=args.max_batch_tokens,
+        max_source_chars=args.max_source_chars,
+    )
+
+
+class NoShelf:
+    """Where no other model comes from."""
+
+    def load(self, address: str) -> ServedModel:
+        """Fail."""
+        raise AssertionError(address)
+
+    def current(self, address: str) -> str:
+        """Fail."""
+        raise AssertionError(address)
+
+
+def models_of(models: Mapping[str, Any] | Iterable[Any], source: Source | None = None, **settings: Any) -> Models:
+    """The models of a replica, each at its name where no address is given, with the app's defaults."""
+    by_address = models if isinstance(models, Mapping) else {model.name: model for model in models}
+    args = AppArgs(model="m")
+    usual = {"any_registered": args.any_registered, "most": args.max_models, "retry_s": args.refresh_s}
+    return Models(by_address, source or NoShelf(), **{**usual, **settings})
+
+
 Start = Callable[..., TestClient]
 """Starts the API: `start(folder, keys={...}, **app_args)`; its `engine` and `models` are on `client.app.state`."""
 
@@ -57,17 +88,13 @@ def start(model_folder: Path) -> Iterator[Start]:
         def run(folder: Path = model_folder, keys: Mapping[str, str] | None = None, **settings: Any) -> TestClient:
             args = AppArgs(model="m", **settings)
             metrics = Metrics("one")
-            engine = Engine(
-                folder,
-                max_batch_size=args.max_batch_size,
-                max_batch_tokens=args.max_batch_tokens,
-                max_source_chars=args.max_source_chars,
-            )
+            limits = ("max_batch_size", "max_batch_tokens", "max_source_chars")
+            engine = engine_of(folder, **{name: getattr(args, name) for name in limits})
             engine.warm_up(args.num_steps)
             draws, texts = pools()
             stack.callback(draws.shutdown)
             stack.callback(texts.shutdown)
-            models = Models([ServedModel("tiny", engine, metrics, args.max_queued_requests, draws, texts)])
+            models = models_of([ServedModel("tiny", engine, metrics, args.max_queued_requests, draws, texts)])
             api = create_api(models, metrics, args, keys or {})
             api.state.engine, api.state.models = engine, models
             return stack.enter_context(TestClient(api, raise_server_exceptions=False))

@@ -8,7 +8,7 @@ import pytest
 
 from serve.engine import FAILURES_ALLOWED, Cancelled, Engine, Job, Settings
 from serve.errors import FieldError
-from tests.serve.conftest import TINY, save_tiny
+from tests.serve.conftest import TINY, engine_of, save_tiny
 from yan_core.checkpoint import CheckpointError
 from yan_core.config import BaselineConfig, SamplingConfig
 from yan_core.generator import Drawn
@@ -21,7 +21,7 @@ TWO, MANY = SamplingConfig(num_candidates=2), SamplingConfig(num_candidates=32)
 
 @pytest.fixture(scope="module")
 def engine(model_folder):
-    return Engine(model_folder, max_batch_size=4, max_source_chars=200)
+    return engine_of(model_folder, max_batch_size=4, max_source_chars=200)
 
 
 def job(engine: Engine, source: str = "Where is Mary?", seed: int = 0, settings: Settings = PLAIN) -> Job:
@@ -34,7 +34,7 @@ def tokens(answer: Drawn | Exception) -> list[int]:
 
 
 def test_ready_only_after_a_generation(model_folder):
-    engine = Engine(model_folder, max_batch_size=2)
+    engine = engine_of(model_folder, max_batch_size=2)
     assert not engine.ready
     assert engine.warm_up(3) > 0
     assert engine.ready
@@ -66,7 +66,7 @@ def test_the_seed_matters(engine):
     ],
 )
 def test_limits_of_the_model(model_folder, source, change, field, message):
-    engine = Engine(model_folder, max_source_chars=200, max_batch_tokens=2000)
+    engine = engine_of(model_folder, max_source_chars=200, max_batch_tokens=2000)
     engine.check(["a"], PLAIN)
     with pytest.raises(FieldError, match=message) as caught:
         engine.check([source], replace(PLAIN, **change))
@@ -74,7 +74,7 @@ def test_limits_of_the_model(model_folder, source, change, field, message):
 
 
 def test_a_solver_that_the_model_cannot_take_is_refused(tmp_path):
-    engine = Engine(save_tiny(tmp_path / "model", architecture=replace(TINY, prediction="endpoint")))
+    engine = engine_of(save_tiny(tmp_path / "model", architecture=replace(TINY, prediction="endpoint")))
     with pytest.raises(FieldError, match="method must be euler or midpoint"):
         engine.check(["a"], replace(PLAIN, sampling=SamplingConfig(method="heun")))
     engine.check(["a"], replace(PLAIN, sampling=SamplingConfig(method="midpoint")))
@@ -123,7 +123,7 @@ def test_a_failing_job_spares_its_neighbours(engine, monkeypatch):
 
 
 def test_an_engine_that_only_fails_is_not_ready(model_folder, monkeypatch):
-    engine = Engine(model_folder, max_batch_size=2)
+    engine = engine_of(model_folder, max_batch_size=2)
     engine.warm_up(3)
     real = engine.generator.draw
 
@@ -144,7 +144,7 @@ def test_an_engine_that_only_fails_is_not_ready(model_folder, monkeypatch):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not a YAN model"):
-        Engine(tmp_path)
+        engine_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_only_the_app_needs_ray_and_the_engine_knows_nothing_of_http(module, nev
 def test_a_baseline_is_served_within_its_own_limits(tmp_path):
     """Its positions hold source and answer together; it answers greedily, and asking it for more is refused."""
     shape = BaselineConfig(family="masked_diffusion", d_model=16, num_blocks=1, max_positions=48)
-    engine = Engine(save_tiny(tmp_path / "model", max_source_tokens=32, architecture=shape), max_batch_size=2)
+    engine = engine_of(save_tiny(tmp_path / "model", max_source_tokens=32, architecture=shape), max_batch_size=2)
     engine.warm_up(3)
     with pytest.raises(FieldError, match=r"max_tokens must be a whole number in \[1, 15\], got 16"):
         engine.check(["Where?"], replace(PLAIN, max_tokens=16))

@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serve.engine import Engine
 from serve.metrics import Metrics
 from serve.models import ServedModel, pools
 from serve.page import FILES, FOLDER
-from serve.pool import Models
 from serve.routes import create_api
 from serve.schemas import AppArgs
-from tests.serve.conftest import save_tiny
+from tests.serve.conftest import engine_of, models_of, save_tiny
 from yan_core.config import BaselineConfig
 
 KEY = "correct horse"
@@ -93,10 +91,10 @@ def needs_chromium() -> None:
 def serving(folders: Mapping[str, Path], keys: Mapping[str, str]) -> Iterator[str]:
     """The API over models at a free port of this machine; gives its address."""
     args, metrics, (draws, texts) = AppArgs(model="m"), Metrics("one"), pools()
-    engines = {name: Engine(folder) for name, folder in folders.items()}
+    engines = {name: engine_of(folder) for name, folder in folders.items()}
     for engine in engines.values():
         engine.warm_up(args.num_steps)
-    models = Models([ServedModel(name, engine, metrics, 8, draws, texts) for name, engine in engines.items()])
+    models = models_of([ServedModel(name, engine, metrics, 8, draws, texts) for name, engine in engines.items()])
     server = uvicorn.Server(uvicorn.Config(create_api(models, metrics, args, keys), log_level="warning"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -12,6 +12,7 @@ from serve.metrics import Metrics
 from serve.models import ServedModel
 from serve.pool import Models, first_load
 from serve.registry import RegistryAway, RegistryError
+from tests.serve.conftest import models_of
 
 CHAMPION = "models:/story@champion"
 
@@ -62,34 +63,34 @@ def names(models: Models) -> list[str]:
 
 def test_a_name_may_be_that_of_answers_or_the_address():
     async def run() -> None:
-        models = Models({CHAMPION: model("story/3"), "/runs/world/model": model("world")})
-        found = [await models.get(n) for n in (None, "story/3", CHAMPION, "story@champion")]
+        models = models_of({CHAMPION: model("story/3"), "/runs/world/model": model("world")})
+        found = [await models.get(n, 30) for n in (None, "story/3", CHAMPION, "story@champion")]
         assert [m.name for m in found] == ["story/3"] * 4
-        assert (await models.get("world")).name == "world"
+        assert (await models.get("world", 30)).name == "world"
         with pytest.raises(NotFound, match="no model 'story/2'; there is story/3, world"):
-            await models.get("story/2")
+            await models.get("story/2", 30)
 
     asyncio.run(run())
 
 
 def test_a_request_is_refused_unread_only_where_no_model_that_it_may_name_has_room():
-    def with_room(refusal: Overloaded | None) -> Any:
-        found = model("world")
+    def with_room(refusal: Overloaded | None, name: str = "world") -> Any:
+        found = model(name)
         found.batcher.refusal = lambda: refusal
         return found
 
-    full, other = Overloaded("the queue is full", code="queue_full", retry_after_s=1), with_room(None)
-    assert Models([with_room(full), with_room(full)]).refusal() is full
-    assert Models([with_room(full), other]).refusal() is None
-    assert Models([with_room(full)], Shelf(), any_registered=True).refusal() is None
+    full, other = Overloaded("the queue is full", code="queue_full", retry_after_s=1), with_room(None, "story")
+    assert models_of([with_room(full), with_room(full, "story")]).refusal() is full
+    assert models_of([with_room(full), other]).refusal() is None
+    assert models_of([with_room(full)], Shelf(), any_registered=True).refusal() is None
 
 
 def test_a_registered_model_is_loaded_once_for_all_who_ask():
     async def run() -> None:
         shelf = Shelf(quiz__best="quiz/7")
-        models = Models([model("world")], shelf, any_registered=True)
+        models = models_of([model("world")], shelf, any_registered=True)
         shelf.free.clear()
-        asked = [asyncio.create_task(models.get("quiz@best")) for _ in range(5)]
+        asked = [asyncio.create_task(models.get("quiz@best", 30)) for _ in range(5)]
         with pytest.raises(Overloaded, match="is being loaded"):
             await models.get("quiz@best", timeout_s=0.01)
         shelf.free.set()
@@ -103,12 +104,12 @@ def test_what_the_registry_has_not_is_unknown_and_what_does_not_work_is_told():
     async def run() -> None:
         shelf = Shelf(quiz__best="quiz/7")
         shelf.broken = {"quiz/7"}
-        models = Models([model("world")], shelf, any_registered=True)
+        models = models_of([model("world")], shelf, any_registered=True)
         with pytest.raises(NotFound, match="no model 'story@best'"):
-            await models.get("story@best")
+            await models.get("story@best", 30)
         for _ in range(3):
             with pytest.raises(ServerError, match="'quiz@best' cannot be loaded; the log says why"):
-                await models.get("quiz@best")
+                await models.get("quiz@best", 30)
         assert shelf.loads == ["quiz/7"]  # and not again for a while
         assert names(models) == ["world"]
 
@@ -119,16 +120,16 @@ def test_a_registry_that_is_away_is_no_missing_model():
     async def run() -> None:
         shelf = Shelf(quiz__best="quiz/7")
         shelf.away = True
-        models = Models([model("world")], shelf, any_registered=True, retry_s=0.2)
+        models = models_of([model("world")], shelf, any_registered=True, retry_s=0.2)
         for _ in range(2):
             with pytest.raises(
                 Overloaded, match="'quiz@best' is not in memory, and the registry cannot be read now"
             ) as told:
-                await models.get("quiz@best")
+                await models.get("quiz@best", 30)
             assert told.value.headers == {"Retry-After": "1"} and told.value.code == "registry_unavailable"
         shelf.away = False
         await asyncio.sleep(0.25)
-        assert (await models.get("quiz@best")).name == "quiz/7"
+        assert (await models.get("quiz@best", 30)).name == "quiz/7"
 
     asyncio.run(run())
 
@@ -136,7 +137,7 @@ def test_a_registry_that_is_away_is_no_missing_model():
 def test_the_registry_is_closed_unless_opened():
     async def run() -> None:
         with pytest.raises(NotFound):
-            await Models([model("world")], Shelf(quiz__best="quiz/7")).get("quiz@best")
+            await models_of([model("world")], Shelf(quiz__best="quiz/7")).get("quiz@best", 30)
 
     asyncio.run(run())
 
@@ -144,28 +145,28 @@ def test_the_registry_is_closed_unless_opened():
 def test_the_one_that_was_not_asked_for_the_longest_goes():
     async def run() -> None:
         shelf = Shelf(a__x="a/1", b__x="b/1", c__x="c/1", d__x="d/1")
-        models = Models([model("world")], shelf, any_registered=True, most=3)
-        a = await models.get("a@x")
-        await models.get("b@x")
-        await models.get("a@x")
-        await models.get("c@x")
+        models = models_of([model("world")], shelf, any_registered=True, most=3)
+        a = await models.get("a@x", 30)
+        await models.get("b@x", 30)
+        await models.get("a@x", 30)
+        await models.get("c@x", 30)
         assert sorted(names(models)) == ["a/1", "c/1", "world"]
         a.batcher.busy = True
-        await models.get("d@x")
+        await models.get("d@x", 30)
         assert sorted(names(models)) == ["a/1", "d/1", "world"]
-        (await models.get("d@x")).batcher.busy = True
+        (await models.get("d@x", 30)).batcher.busy = True
         with pytest.raises(Overloaded, match="all 3 models in memory are needed"):
-            await models.get("c@x")
+            await models.get("c@x", 30)
 
     asyncio.run(run())
 
 
 def test_a_name_that_is_not_there_costs_no_model_its_place():
     async def ask() -> list[str]:
-        models = Models({"models:/a@x": model("a/1")}, Shelf(b__x="b/1"), any_registered=True, most=2, retry_s=0)
-        await models.get("b@x")
+        models = models_of({"models:/a@x": model("a/1")}, Shelf(b__x="b/1"), any_registered=True, most=2, retry_s=0)
+        await models.get("b@x", 30)
         with pytest.raises(NotFound):
-            await models.get("typo@x")
+            await models.get("typo@x", 30)
         return list(models.all)
 
     assert asyncio.run(ask()) == ["a/1", "b/1"]
@@ -174,7 +175,7 @@ def test_a_name_that_is_not_there_costs_no_model_its_place():
 def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")
-        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        models = models_of({CHAMPION: shelf.load(CHAMPION)}, shelf)
         old = models.first
         await models.refresh()
         assert models.first is old
@@ -189,17 +190,17 @@ def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
 def test_while_a_new_version_is_loaded_the_old_one_answers():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")
-        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        models = models_of({CHAMPION: shelf.load(CHAMPION)}, shelf)
         shelf.aliases[CHAMPION] = "story/4"
         shelf.free.clear()
         refreshing = asyncio.create_task(models.refresh())
         async with asyncio.timeout(5):
             while len(shelf.loads) < 2:
                 await asyncio.sleep(0.001)
-        assert (await models.get(None)).name == "story/3"
+        assert (await models.get(None, 30)).name == "story/3"
         shelf.free.set()
         await refreshing
-        assert (await models.get(None)).name == "story/4"
+        assert (await models.get(None, 30)).name == "story/4"
 
     asyncio.run(run())
 
@@ -208,7 +209,7 @@ def test_a_bad_version_is_refused_once_and_counted():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")
         first = shelf.load(CHAMPION)
-        models = Models({CHAMPION: first}, shelf)
+        models = models_of({CHAMPION: first}, shelf)
         shelf.aliases[CHAMPION], shelf.broken = "story/4", {"story/4"}
         for _ in range(3):
             await models.refresh()
@@ -248,7 +249,7 @@ def test_a_replica_that_starts_at_a_bad_version_takes_what_the_others_serve():
 def test_a_registry_that_is_out_of_reach_changes_nothing():
     async def run() -> None:
         shelf = Shelf(story__champion="story/3")
-        models = Models({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        models = models_of({CHAMPION: shelf.load(CHAMPION)}, shelf)
         shelf.aliases.clear()
         await models.refresh()
         assert models.first.name == "story/3"
@@ -259,7 +260,7 @@ def test_a_registry_that_is_out_of_reach_changes_nothing():
 def test_a_fixed_version_is_not_looked_after():
     async def run() -> None:
         shelf = Shelf(**{"story/3": "story/3"})
-        models = Models({"models:/story/3": shelf.load("models:/story/3")}, shelf)
+        models = models_of({"models:/story/3": shelf.load("models:/story/3")}, shelf)
         shelf.aliases["models:/story/3"] = "story/9"
         await models.refresh()
         assert models.first.name == "story/3"
