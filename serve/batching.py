@@ -116,7 +116,7 @@ class Batcher:
 
     def _queue_is_full(self, wait_s: float) -> Overloaded:
         return Overloaded(
-            f"the queue is full: {self.queued} of at most {self.max_queued} requests wait; come again later",
+            f"the queue is full: {self.queued} of at most {self.max_queued} texts wait; come again later",
             code="queue_full",
             retry_after_s=max(1, math.ceil(wait_s)),
         )

@@ -191,7 +191,7 @@ class GenerateRequest(BaseModel):
         )
 
 
-class Piece(BaseModel):
+class RankedText(BaseModel):
     """One of several candidates."""
 
     model_config = DOCUMENTED
@@ -245,7 +245,7 @@ class GenerateResponse(BaseModel):
     """Its token ids."""
     experts: list[int]
     """Expert of each token; a baseline has none."""
-    candidates: list[Piece] | None = None
+    candidates: list[RankedText] | None = None
     """All that were drawn, the best first, where there are several."""
     trajectory: list[Snapshot] | None = None
     """The text after every solver step, where asked for."""

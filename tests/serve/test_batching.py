@@ -114,7 +114,7 @@ def test_jobs_given_up_behind_another_batch_free_their_places(sampler):
         first = await busy(queue, sampler)
         tickets = [queue.submit([job(seed=i)], 10) for i in range(4)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded, match="4 of at most 4 requests wait"):
+        with pytest.raises(Overloaded, match="4 of at most 4 texts wait"):
             queue.submit([job()], 10)
         for ticket in tickets:
             ticket.close()
