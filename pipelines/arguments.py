@@ -98,10 +98,11 @@ def _plain(value: Any) -> Any:
 
 def _in_our_words(message: str) -> str:
     """jsonargparse's message, of a wrong type in our words and of an unknown key with the nearest known one."""
-    wrong = re.search(r'Parser key "([\w.]+)":\s+Expected a (.+)\. Got value: (.*)', message)
+    wrong = re.search(r'((?:Parser key "[\w.]+":\s+)+)Expected a (.+)\. Got value: (.*)', message)
     if wrong:
         kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2]))
-        return f"{wrong[1]}: must be {kind}, got {wrong[3]}"
+        key = ".*.".join(re.findall(r'"([\w.]+)"', wrong[1]))  # of a data set its settings, not which one it is
+        return f"{key}: must be {kind}, got {wrong[3]}"
     known = dotted_keys(to_dict(RunConfig()))
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if in_group:

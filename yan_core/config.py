@@ -42,8 +42,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         least = 260 if self.kind == "bpe" else 8
         enough = self.vocab_size >= least
-        _require(enough, f"tokenizer.vocab_size must be >= {least} for kind={self.kind}, got {self.vocab_size}")
-        _require(self.sample_rows >= 1, f"tokenizer.sample_rows must be >= 1, got {self.sample_rows}")
+        _require(enough, f"vocab_size must be >= {least} for kind={self.kind}, got {self.vocab_size}")
+        _require(self.sample_rows >= 1, f"sample_rows must be >= 1, got {self.sample_rows}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,13 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         allowed = ("rotary", "start", "end")
         wrong = [p for p in self.positions if p not in allowed]
-        _require(not wrong, f"encoder.positions must be from {allowed}, got {wrong}")
+        _require(not wrong, f"positions must be from {allowed}, got {wrong}")
         odd = self.conv_kernel == 0 or self.conv_kernel % 2 == 1
-        _require(odd, f"encoder.conv_kernel must be 0 or odd, got {self.conv_kernel}")
-        _require(self.num_blocks >= 1, f"encoder.num_blocks must be >= 1, got {self.num_blocks}")
-        _require(self.embed_std > 0, f"encoder.embed_std must be > 0, got {self.embed_std}")
-        _require(self.matching_gain >= 0, f"encoder.matching_gain must be >= 0, got {self.matching_gain}")
-        _require(self.position_std >= 0, f"encoder.position_std must be >= 0, got {self.position_std}")
+        _require(odd, f"conv_kernel must be 0 or odd, got {self.conv_kernel}")
+        _require(self.num_blocks >= 1, f"num_blocks must be >= 1, got {self.num_blocks}")
+        _require(self.embed_std > 0, f"embed_std must be > 0, got {self.embed_std}")
+        _require(self.matching_gain >= 0, f"matching_gain must be >= 0, got {self.matching_gain}")
+        _require(self.position_std >= 0, f"position_std must be >= 0, got {self.position_std}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class MambaConfig:
     def __post_init__(self) -> None:
         for name in ("d_state", "conv_kernel", "expand"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.mamba.{name} must be >= 1, got {value}")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,36 +154,36 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(
             self.num_heads >= 1 and self.d_model >= 1 and self.d_model % (2 * self.num_heads) == 0,
-            f"model.d_model={self.d_model} must be a multiple of 2 * model.num_heads={2 * self.num_heads} "
+            f"d_model={self.d_model} must be a multiple of 2 * num_heads={2 * self.num_heads} "
             "(rotary positions need an even head width)",
         )
         counts = ("decoder_blocks", "flow_blocks", "cross_attention_every", "num_experts", "segment_length")
         for name in (*counts, "ffn_multiple", "max_positions"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name} must be >= 1, got {value}")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
         _require(
             0 <= self.top_k <= self.num_experts,
-            f"model.top_k must be in [0, model.num_experts={self.num_experts}], got {self.top_k}",
+            f"top_k must be in [0, num_experts={self.num_experts}], got {self.top_k}",
         )
         _require(
             self.top_k != 1 or self.num_experts == 1,
-            "model.top_k must be 0 or >= 2: beside one expert alone the gate has nothing to learn from",
+            "top_k must be 0 or >= 2: beside one expert alone the gate has nothing to learn from",
         )
         _require(
             self.mixer == "attention" or not (self.source_encoder.matching_gain or self.target_encoder.matching_gain),
-            "model.*_encoder.matching_gain is for attention and must be 0 with model.mixer=mamba",
+            "*_encoder.matching_gain is for attention and must be 0 with mixer=mamba",
         )
         _require(
             self.latent_dim >= 0 and self.latent_dim != 1,
-            f"model.latent_dim must be 0 or >= 2 (latents are normalised), got {self.latent_dim}",
+            f"latent_dim must be 0 or >= 2 (latents are normalised), got {self.latent_dim}",
         )
         _require(
             not (self.share_encoder and self.latent_dim),
-            "model.latent_dim must be 0 with model.share_encoder, whose latents the flow reads as a source too",
+            "latent_dim must be 0 with share_encoder, whose latents the flow reads as a source too",
         )
-        _require(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
-        _require(self.gate_temperature > 0, f"model.gate_temperature must be > 0, got {self.gate_temperature}")
-        _require(self.init_noise > 0, f"model.init_noise must be > 0, got {self.init_noise}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        _require(self.gate_temperature > 0, f"gate_temperature must be > 0, got {self.gate_temperature}")
+        _require(self.init_noise > 0, f"init_noise must be > 0, got {self.init_noise}")
 
     @property
     def latent_width(self) -> int:
@@ -216,12 +216,12 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         for name in ("d_model", "num_blocks", "num_heads", "max_positions"):
             value = getattr(self, name)
-            _require(value >= 1, f"baseline.{name} must be >= 1, got {value}")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
         _require(
             self.d_model % (2 * self.num_heads) == 0,
-            f"baseline.d_model={self.d_model} must be a multiple of 2 * baseline.num_heads={2 * self.num_heads}",
+            f"d_model={self.d_model} must be a multiple of 2 * num_heads={2 * self.num_heads}",
         )
-        _require(0 <= self.dropout < 1, f"baseline.dropout must be in [0, 1), got {self.dropout}")
+        _require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def num_parameters(self) -> int:
@@ -283,12 +283,12 @@ class AutoencoderLossConfig:
     def __post_init__(self) -> None:
         for name in ("clean_share", "mask_share"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"autoencoder_loss.{name} must be in [0, 1], got {value}")
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
         for name in ("latent_noise", "weight_l2", "weight_mmd"):
             value = getattr(self, name)
-            _require(value >= 0, f"autoencoder_loss.{name} must be >= 0, got {value}")
-        _require(self.max_span >= 1, f"autoencoder_loss.max_span must be >= 1, got {self.max_span}")
-        _require(self.mmd_tokens >= 2, f"autoencoder_loss.mmd_tokens must be >= 2, got {self.mmd_tokens}")
+            _require(value >= 0, f"{name} must be >= 0, got {value}")
+        _require(self.max_span >= 1, f"max_span must be >= 1, got {self.max_span}")
+        _require(self.mmd_tokens >= 2, f"mmd_tokens must be >= 2, got {self.mmd_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,22 +352,22 @@ class FlowLossConfig:
     def __post_init__(self) -> None:
         for name in ("flow", "end", "ce", "gate", "balance", "entropy", "length", "l2", "mmd"):
             value = getattr(self, f"weight_{name}")
-            _require(value >= 0 and math.isfinite(value), f"flow_loss.weight_{name} must be finite, >= 0, got {value}")
+            _require(value >= 0 and math.isfinite(value), f"weight_{name} must be finite, >= 0, got {value}")
         _require(
             not self.even_experts or self.expert_draw == "posterior",
-            "flow_loss.even_experts wants flow_loss.expert_draw posterior: the gate's prior knows nothing of evenness",
+            "even_experts wants expert_draw posterior: the gate's prior knows nothing of evenness",
         )
-        _require(self.corpus_max_span >= 1, f"flow_loss.corpus_max_span must be >= 1, got {self.corpus_max_span}")
-        _require(self.sigma > 0, f"flow_loss.sigma must be > 0, got {self.sigma}")
+        _require(self.corpus_max_span >= 1, f"corpus_max_span must be >= 1, got {self.corpus_max_span}")
+        _require(self.sigma > 0, f"sigma must be > 0, got {self.sigma}")
         steps = self.solver_steps
-        _require(min(steps, default=0) >= 1, f"flow_loss.solver_steps must name step counts >= 1, got {steps}")
+        _require(min(steps, default=0) >= 1, f"solver_steps must name step counts >= 1, got {steps}")
         for name in ("time_alpha", "time_beta"):
             value = getattr(self, name)
-            _require(value > 0, f"flow_loss.{name} must be > 0, got {value}")
-        _require(self.mmd_tokens >= 2, f"flow_loss.mmd_tokens must be >= 2, got {self.mmd_tokens}")
+            _require(value > 0, f"{name} must be > 0, got {value}")
+        _require(self.mmd_tokens >= 2, f"mmd_tokens must be >= 2, got {self.mmd_tokens}")
         for name in ("fill_weight", "source_mask_share", "source_drop_share", "corpus_mask_share"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"flow_loss.{name} must be in [0, 1], got {value}")
+            _require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,13 +393,13 @@ class OptimConfig:
     ones. Early on the decay is smaller, (1 + step) / (10 + step), so that the fresh weights are soon forgotten."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr must be > 0, got {self.lr}")
-        _require(self.weight_decay >= 0, f"optim.weight_decay must be >= 0, got {self.weight_decay}")
-        _require(self.clip_norm > 0, f"optim.clip_norm must be > 0, got {self.clip_norm}")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
-        _require(0 < self.beta2 < 1, f"optim.beta2 must be in (0, 1), got {self.beta2}")
-        _require(self.max_skipped >= 0, f"optim.max_skipped must be >= 0, got {self.max_skipped}")
-        _require(0 <= self.ema_decay < 1, f"optim.ema_decay must be in [0, 1), got {self.ema_decay}")
+        _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
+        _require(self.clip_norm > 0, f"clip_norm must be > 0, got {self.clip_norm}")
+        _require(self.warmup_steps >= 0, f"warmup_steps must be >= 0, got {self.warmup_steps}")
+        _require(0 < self.beta2 < 1, f"beta2 must be in (0, 1), got {self.beta2}")
+        _require(self.max_skipped >= 0, f"max_skipped must be >= 0, got {self.max_skipped}")
+        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
 
 Part = Literal["target_encoder", "decoder", "source_encoder", "flow"]
@@ -423,10 +423,10 @@ class StageConfig:
     """Optimizer of this stage."""
 
     def __post_init__(self) -> None:
-        _require(self.max_steps >= 0, f"stage.max_steps must be >= 0, got {self.max_steps}")
-        _require(self.curriculum_steps >= 0, f"stage.curriculum_steps must be >= 0, got {self.curriculum_steps}")
-        _require(self.batch_size >= 1, f"stage.batch_size must be >= 1, got {self.batch_size}")
-        _require(len(self.trains) > 0, "stage.trains must name at least one part of the model, got none")
+        _require(self.max_steps >= 0, f"max_steps must be >= 0, got {self.max_steps}")
+        _require(self.curriculum_steps >= 0, f"curriculum_steps must be >= 0, got {self.curriculum_steps}")
+        _require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
+        _require(len(self.trains) > 0, "trains must name at least one part of the model, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,9 +482,9 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         for name in ("num_train", "num_validation"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} of a data set must be >= 1, got {value}")
-        _require(not (self.held_out and self.validation), "held_out and validation of a data set exclude each other")
-        _require(0 <= self.held_out < 0.5, f"held_out of a data set must be in [0, 0.5), got {self.held_out}")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
+        _require(not (self.held_out and self.validation), "held_out and validation exclude each other")
+        _require(0 <= self.held_out < 0.5, f"held_out must be in [0, 0.5), got {self.held_out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,12 +506,12 @@ class CleanConfig:
     """Share of 5-grams (Jaccard similarity) from which two texts count as near-duplicates, where duplicates=near."""
 
     def __post_init__(self) -> None:
-        _require(self.min_chars >= 0, f"data.clean.min_chars must be >= 0, got {self.min_chars}")
-        _require(self.max_chars >= 0, f"data.clean.max_chars must be >= 0, got {self.max_chars}")
-        _require(0 < self.near_threshold < 1, f"data.clean.near_threshold must be in (0, 1), got {self.near_threshold}")
+        _require(self.min_chars >= 0, f"min_chars must be >= 0, got {self.min_chars}")
+        _require(self.max_chars >= 0, f"max_chars must be >= 0, got {self.max_chars}")
+        _require(0 < self.near_threshold < 1, f"near_threshold must be in (0, 1), got {self.near_threshold}")
         _require(
             self.duplicates == "near" or self.near_threshold == 0.8,
-            f"data.clean.near_threshold={self.near_threshold} is for duplicates=near, got {self.duplicates!r}",
+            f"near_threshold={self.near_threshold} is for duplicates=near, got {self.duplicates!r}",
         )
 
 
@@ -526,8 +526,8 @@ class PartConfig:
     that would have to be repeated least is then read once an epoch."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, f"epochs of a part of data.mixture must be > 0, got {self.epochs}")
-        _require(0 <= self.share <= 1, f"share of a part of data.mixture must be in [0, 1], got {self.share}")
+        _require(self.epochs > 0, f"epochs must be > 0, got {self.epochs}")
+        _require(0 <= self.share <= 1, f"share must be in [0, 1], got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -573,15 +573,13 @@ class DataConfig:
         lengths = ("max_source_tokens", "max_target_tokens", "window_tokens")
         for name in (*lengths, "pool_batches", "lanes", "rows_per_shard"):
             value = getattr(self, name)
-            _require(value >= 1, f"data.{name} must be >= 1, got {value}")
-        _require(
-            0 <= self.bad_rows_allowed <= 1, f"data.bad_rows_allowed must be in [0, 1], got {self.bad_rows_allowed}"
-        )
-        _require(not (self.corpus and self.mixture), "data.corpus and data.mixture exclude each other, got both")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
+        _require(0 <= self.bad_rows_allowed <= 1, f"bad_rows_allowed must be in [0, 1], got {self.bad_rows_allowed}")
+        _require(not (self.corpus and self.mixture), "corpus and mixture exclude each other, got both")
         shares = [part.share for part in self.mixture.values()]
         _require(
             not any(shares) or (all(shares) and math.isclose(sum(shares), 1, abs_tol=1e-6)),
-            f"share must be given for every part of data.mixture and add up to 1, or for none; got {shares}",
+            f"mixture.*.share must be given for every part and add up to 1, or for none; got {shares}",
         )
 
 
@@ -618,13 +616,13 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         least, most = self.min_workers, self.max_workers
-        _require(1 <= least <= most, f"scaling.num_workers must be >= 1, or [fewest, most], got {self.num_workers}")
-        _require(self.cpus_per_worker > 0, f"scaling.cpus_per_worker must be > 0, got {self.cpus_per_worker}")
-        _require(self.resize_every_s >= 0, f"scaling.resize_every_s must be >= 0, got {self.resize_every_s}")
-        _require(self.accumulation >= 1, f"scaling.accumulation must be >= 1, got {self.accumulation}")
-        _require(self.max_failures >= -1, f"scaling.max_failures must be >= 0, or -1, got {self.max_failures}")
-        _require(self.keep_checkpoints >= 1, f"scaling.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
-        _require(self.checkpoint_every_s > 0, f"scaling.checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
+        _require(1 <= least <= most, f"num_workers must be >= 1, or [fewest, most], got {self.num_workers}")
+        _require(self.cpus_per_worker > 0, f"cpus_per_worker must be > 0, got {self.cpus_per_worker}")
+        _require(self.resize_every_s >= 0, f"resize_every_s must be >= 0, got {self.resize_every_s}")
+        _require(self.accumulation >= 1, f"accumulation must be >= 1, got {self.accumulation}")
+        _require(self.max_failures >= -1, f"max_failures must be >= 0, or -1, got {self.max_failures}")
+        _require(self.keep_checkpoints >= 1, f"keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+        _require(self.checkpoint_every_s > 0, f"checkpoint_every_s must be > 0, got {self.checkpoint_every_s}")
 
     @property
     def min_workers(self) -> int:
@@ -661,9 +659,8 @@ class SamplingConfig:
     """The best is the one most like the others, or the one the decoder is surest of."""
 
     def __post_init__(self) -> None:
-        _require(self.num_candidates >= 1, f"sampling.num_candidates must be >= 1, got {self.num_candidates}")
-        scale = self.guidance_scale
-        _require(math.isfinite(scale), f"sampling.guidance_scale must be finite, got {scale}")
+        _require(self.num_candidates >= 1, f"num_candidates must be >= 1, got {self.num_candidates}")
+        _require(math.isfinite(self.guidance_scale), f"guidance_scale must be finite, got {self.guidance_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -693,22 +690,22 @@ class EvaluationConfig:
     """Weights that the fine-tuning leaves: those of its last step, or those measured best, over all `num_steps`."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, f"evaluation.every_steps must be >= 0, got {self.every_steps}")
+        _require(self.every_steps >= 0, f"every_steps must be >= 0, got {self.every_steps}")
         _require(
             self.keep == "last" or self.every_steps > 0,
-            "evaluation.keep=best wants evaluation.every_steps > 0: nothing is measured while training",
+            "keep=best wants every_steps > 0: nothing is measured while training",
         )
         _require(
             len(self.num_steps) > 0 and min(self.num_steps) >= 1,
-            f"evaluation.num_steps must name step counts >= 1, got {self.num_steps}",
+            f"num_steps must name step counts >= 1, got {self.num_steps}",
         )
         _require(
             self.diversity == 0 or self.diversity >= 2,
-            f"evaluation.diversity must be 0 or >= 2 answers a row, got {self.diversity}",
+            f"diversity must be 0 or >= 2 answers a row, got {self.diversity}",
         )
         for name in ("max_rows", "batch_size", "rows_while_training"):
             value = getattr(self, name)
-            _require(value >= 1, f"evaluation.{name} must be >= 1, got {value}")
+            _require(value >= 1, f"{name} must be >= 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -857,10 +854,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         kwargs[key] = _convert(hints[key], value, dotted)
     try:
         return cls(**kwargs)
-    except ValueError as error:  # a section used in several places does not know where it stands
-        if not where or str(error).startswith(where):
-            raise
-        raise ValueError(f"{where}: {error}") from error
+    except ValueError as error:  # a section does not know where it stands
+        raise ValueError(f"{where}.{error}" if where else str(error)) from error
 
 
 def unknown_name(dotted: str, name: str, known: list[str]) -> str:

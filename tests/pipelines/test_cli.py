@@ -56,7 +56,10 @@ def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
             "stages: {flow: {batch_size: 5}}",
             r"is more than the lanes of stage flow, 1, .*stages.flow.batch_size=5 and data.lanes=8",
         ),
-        ("data: {datasets: {a: {format: xml}}}", "format"),
+        ("data: {datasets: {a: {format: xml}}}", r"^data\.datasets\.\*\.format: must be one of 'world', .*, got xml"),
+        ("data: {datasets: {a: {held_out: 0.7}}}", r"^data\.datasets\.a\.held_out must be in \[0, 0\.5\), got 0\.7"),
+        ("stages: {flow: {max_steps: -1}}", r"^stages\.flow\.max_steps must be >= 0, got -1"),
+        ("evaluation: {sampling: {num_candidates: 0}}", r"^evaluation\.sampling\.num_candidates must be >= 1, got 0"),
     ],
 )
 def test_a_wrong_config_names_the_key_and_what_is_allowed(tmp_path, text, message):
