@@ -17,8 +17,7 @@ from yan_core.generator import Candidate
 from yan_core.tokenization import Encoding
 
 FEW_CHARS = 500
-"""Characters of a request that are turned into tokens at once: it takes 0.1 ms, the way to a thread and back, after a
-pause as long as a model takes, more than that."""
+"""Characters of a request that are turned into tokens at once: 330 take 0.1 ms. What it brings was not measured."""
 FEW_TOKENS = 128
 """Tokens that are turned into text at once: it takes 16 microseconds, the way to a thread and back 65."""
 
@@ -94,7 +93,7 @@ class ServedModel:
             metrics: Where its work is counted.
             max_queued: Most sources that wait.
             draws: The one thread that draws.
-            texts: Threads for tokenizer and decoder: the event loop is left to HTTP.
+            texts: Threads for tokenizer and decoder where a text is long: the event loop is left to HTTP.
         """
         self.name, self.engine, self.metrics, self._texts = name, engine, metrics, texts
         self.created = int(time.time())

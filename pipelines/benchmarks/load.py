@@ -178,7 +178,7 @@ class _Session:
     """Connections that are kept, as many as there are requests at once.
 
     HTTP by hand, as `bytes` over asyncio's streams: the client shares the cores with the server that it measures, and
-    what a library for HTTP does for a request takes as long as a third of what the server adds to the sampler.
+    of what a lone client waited aiohttp in the client took 0.35 ms (EXPERIMENTS, 2026-11-27).
     """
 
     def __init__(self, url: str, headers: dict[str, str] | None) -> None:
