@@ -60,6 +60,8 @@ def test_machines_of_another_folder_keep_their_network(
     with subprocess.Popen(["sleep", "60"]) as process:
         (other / "pids.json").write_text(json.dumps({"head": process.pid}))
         read = Path.read_bytes
+        while b"sleep" not in read(Path(f"/proc/{process.pid}/cmdline")):
+            pass  # it is empty for a moment after the process has begun
         monkeypatch.setattr(Path, "read_bytes", lambda file: read(file).replace(b"sleep", b"unshare"))
         with pytest.raises(SystemExit, match=f"the machines of {other} run"):
             called(monkeypatch, "up")
