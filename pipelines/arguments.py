@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from yan_core.config import RunConfig, from_dict, to_dict
+from yan_core.config import RunConfig, UnknownName, from_dict, to_dict
 
 MAKES_A_RUN = ("prepare", "train", "run", "submit")
 """Commands that write into the folder of a run, and so do not start by its name's default alone."""
@@ -87,6 +87,12 @@ def _check_yaml(path: str) -> None:
     if not isinstance(found, dict):
         got = "nothing" if found is None else f"a {type(found).__name__}: {str(found)[:60]!r}"
         raise UsageError(f"--config {path} must hold settings by their keys, such as `name: mine`, got {got}")
+    try:
+        from_dict(RunConfig, found)
+    except UnknownName as error:  # jsonargparse lets one pass where its value is an empty section
+        raise UsageError(f"--config {path}: {error}") from error
+    except ValueError:
+        pass  # an override may give another value
 
 
 def _plain(value: Any) -> Any:
@@ -103,6 +109,10 @@ def _in_our_words(message: str) -> str:
         kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2]))
         key = ".*.".join(re.findall(r'"([\w.]+)"', wrong[1]))  # of a data set its settings, not which one it is
         return f"{key}: must be {kind}, got {wrong[3]}"
+    any_of = re.search(r'Parser key "([\w.]+)":[\s\S]*Subtypes: \[(.*)\][\s\S]*Given value: (.*)', message)
+    if any_of:
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", any_of[2])
+        return f"{any_of[1]}: must be one of {kinds}, got {any_of[3]}"
     known = dotted_keys(to_dict(RunConfig()))
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if in_group:

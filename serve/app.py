@@ -24,11 +24,11 @@ from serve.auth import keep_keys, keys_file, load_keys, refuse_open_server
 from serve.engine import Engine
 from serve.exporter import Exporter
 from serve.metrics import Metrics
-from serve.models import ServedModel, pools
-from serve.pool import Models, first_load
+from serve.models import Models, first_load
 from serve.registry import find_version, folder_name, is_registered, registry_uri, resolve, version_name
 from serve.routes import create_api
 from serve.schemas import AppArgs
+from serve.served_model import ServedModel, pools
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Server:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Asked by Serve after __init__."""
-        return create_api(self.models, self.metrics, self.args, self.keys, gives_id=False)
+        return create_api(self.models, self.metrics, self.args, self.keys)
 
     def named_by(self, address: str) -> str:
         """Asked by a replica that starts: name of the model that an address stands for here."""

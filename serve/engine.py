@@ -167,23 +167,20 @@ class Engine:
         self._warm = True
         return time.perf_counter() - started
 
-    def check(self, sources: Sequence[str], settings: Settings, param: str = "source") -> None:
+    def check(self, sources: Sequence[str], settings: Settings) -> None:
         """Refuse what this model cannot do, before any work.
 
         Args:
             sources: Texts.
             settings: How to draw for them.
-            param: What the request calls the sources.
 
         Raises:
-            FieldError: Naming the field and what is allowed.
+            FieldError: Naming the field, as settings do, and what is allowed.
         """
-        names = {"follow": "trajectory", "with_log_probs": "logprobs"}
-        names |= {"num_candidates": "n"} if param == "prompt" else {}  # as OpenAI calls it
         longest = max(map(len, sources))
         if longest > self.max_source_chars:
             allowed = f"text of at most {self.max_source_chars} characters"
-            raise FieldError(param, f"{param} must be {allowed}, got {longest} characters", allowed)
+            raise FieldError("source", f"source must be {allowed}, got {longest} characters", allowed)
         most = self.generator.most_tokens
         if settings.max_tokens > most:
             raise must_be("max_tokens", f"a whole number in [1, {most}]", settings.max_tokens)
@@ -192,17 +189,17 @@ class Engine:
             beyond = beyond_baselines(settings.sampling)
             beyond += ["follow"] * settings.follow + ["with_log_probs"] * settings.with_log_probs
             if beyond:
-                told = names.get(beyond[0], beyond[0])
-                raise FieldError(told, f"{told} is for YAN alone, and this model is a baseline that answers greedily")
+                field = beyond[0]
+                raise FieldError(field, f"{field} is for YAN alone, and this model is a baseline that answers greedily")
         elif model.config.prediction == "endpoint" and settings.sampling.method == "heun":
             raise must_be("method", "euler or midpoint for this model, which has no velocity at t = 1", "heun")
         candidates = settings.sampling.num_candidates
         tokens = len(sources) * (self.generator.max_source_tokens + settings.max_tokens * candidates)
         if tokens > self.max_batch_tokens and (len(sources) > 1 or candidates > 1):
-            name = param if len(sources) > 1 else names.get("num_candidates", "num_candidates")
+            field = "source" if len(sources) > 1 else "num_candidates"
             raise FieldError(
-                name,
-                f"{len(sources)} sources with {candidates} answers of {settings.max_tokens} tokens each "
+                field,
+                f"{field}: {len(sources)} sources with {candidates} answers of {settings.max_tokens} tokens each "
                 f"may take {tokens} tokens, which must be at most {self.max_batch_tokens}",
                 f"{self.max_batch_tokens} tokens",
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -76,8 +78,22 @@ class FieldError(RequestError):
         allowed: str | list[str] | None = None,
         code: str = "invalid_value",
     ) -> None:
-        """Name the field, say what is wrong with it and what is allowed."""
+        """Name the field, say what is wrong with it, its name first, and what is allowed."""
         super().__init__(message, param=param, code=code, allowed=allowed)
+        self.field = param
+
+    def renamed(self, name: str) -> FieldError:
+        """The same of a field that the request calls otherwise; messages begin with the field's name."""
+        return FieldError(name, name + self.message.removeprefix(self.field), self.allowed, self.code or "")
+
+
+@contextlib.contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside call fields as a request does; `names` are the request's by ours, where they differ."""
+    try:
+        yield
+    except FieldError as error:
+        raise error.renamed(names.get(error.field, error.field)) from None
 
 
 class NotFound(RequestError):

@@ -1,4 +1,4 @@
-"""Middleware around every request: its id, who asks and how often, one line in the access log, and the counters."""
+"""Middleware around every request: its trace, who asks and how often, one line in the access log, and the counters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ class Gate:
         metrics: Metrics,
         log: Callable[[str], None],
         full: Callable[[], RequestError | None],
-        gives_id: bool = True,
     ) -> None:
         """Wrap an app.
 
@@ -58,10 +57,9 @@ class Gate:
             metrics: Where requests are counted.
             log: From `access_log`.
             full: Gives what a request is told that no model has room for, whatever it asks: its body is not read then.
-            gives_id: Whether the answer gets its X-Request-ID here: Serve adds one by itself, and two are too many.
         """
         self.app, self.keys, self.rate, self.metrics, self.log = app, keys, rate, metrics, log
-        self.full, self.gives_id = full, gives_id
+        self.full = full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -69,16 +67,11 @@ class Gate:
             return await self.app(scope, receive, send)
         begun = time.perf_counter()
         headers = Headers(scope=scope)
-        # Serve sets it where the client did not, and gives back whatever the client sent: that is the one to be found.
-        request_id = headers.get("x-request-id", "")[:256]
-        usable = re.fullmatch(r"[\w.-]{1,128}", request_id, re.ASCII) if self.gives_id else request_id
-        if not usable:
-            request_id = uuid.uuid4().hex
-        line: dict[str, Any] = {"request_id": request_id}
-        given_back = {"X-Request-ID": request_id} if self.gives_id else {}
+        # Serve sets the id where the client did not, and gives back what was sent, whatever it is.
+        line: dict[str, Any] = {"request_id": headers.get("x-request-id", "")[:256]}
         trace = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
         line["trace_id"] = trace_id = trace[1] if trace else uuid.uuid4().hex
-        given_back["traceparent"] = trace[0] if trace else f"00-{trace_id}-{secrets.token_hex(8)}-00"
+        traceparent = trace[0] if trace else f"00-{trace_id}-{secrets.token_hex(8)}-00"
         scope.setdefault("state", {})["log"] = line
         status = CLIENT_GONE
 
@@ -86,9 +79,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answered = MutableHeaders(scope=message)
-                for name, value in given_back.items():
-                    answered[name] = value
+                MutableHeaders(scope=message)["traceparent"] = traceparent
             await send(message)
 
         try:

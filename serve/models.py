@@ -1,261 +1,264 @@
-"""A model behind its queue: text in and text out, with the time that each part took."""
+"""The models of a replica by name: some from the start, others of the registry when they are first asked for.
+
+A model of the registry that is named by an alias follows it: when the alias moves, the new version is loaded and warmed
+up beside the old one, then takes its place for what comes; what the old one has begun it ends. A version that cannot be
+loaded or cannot generate is refused, and the old one stays.
+
+Not Serve's multiplexing, which routes by a header at Serve's own proxy: HAProxy hands requests to replicas directly.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from serve.batching import Batcher, Result, Ticket
-from serve.engine import Engine, Job, Settings
-from serve.errors import FieldError
-from serve.metrics import Metrics
-from yan_core.generator import Candidate
-from yan_core.tokenization import Encoding
+from serve.errors import NotFound, Overloaded, RequestError, ServerError, shown
+from serve.registry import SCHEME, RegistryAway, RegistryError, is_registered
+from serve.served_model import ServedModel
 
-FEW_CHARS = 500
-"""Characters of a request that are turned into tokens at once: 330 take 0.1 ms. What it brings was not measured."""
-FEW_TOKENS = 128
-"""Tokens that are turned into text at once: it takes 16 microseconds, the way to a thread and back 65."""
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Text:
-    """A candidate with its text.
+class Source(Protocol):
+    """Where models come from; its methods block."""
 
-    Attributes:
-        text: What it says.
-        candidate: Its tokens.
-        pieces: What each token adds to the text, where asked for.
+    def load(self, address: str) -> ServedModel:
+        """Load a model and generate with it; raises whatever is wrong."""
+        ...
+
+    def current(self, address: str) -> str:
+        """Name of the version that an address of the registry stands for now.
+
+        Raises:
+            RegistryError: If it is not there.
+            RegistryAway: If the registry cannot be read.
+        """
+        ...
+
+
+@dataclass
+class _Held:
+    model: ServedModel
+    pinned: bool
+    used_s: float = field(default_factory=time.monotonic)
+    refused: str = ""
+    """The version that its alias stands for and that does not work."""
+
+
+async def first_load(source: Source, address: str, elsewhere: Callable[[str], Awaitable[str]]) -> ServedModel:
+    """A model of a replica that starts.
+
+    Args:
+        source: Where it comes from.
+        address: Of the model. Where it is an alias at a version that does not work, the replica starts with what others
+            serve by it, as those go on with that: else there would be no replica more until somebody moves the alias.
+        elsewhere: Asks them for its name; empty: there are none.
+
+    Raises:
+        Exception: Whatever is wrong with the model.
     """
-
-    text: str
-    candidate: Candidate
-    pieces: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """The text after some of the solver's steps.
-
-    Attributes:
-        number: Steps done, from 1 on.
-        text: What the decoder reads by then.
-    """
-
-    number: int
-    text: Text
+    try:
+        return await asyncio.to_thread(source.load, address)
+    except Exception:
+        name = await elsewhere(address) if is_registered(address) and "@" in address else ""
+        if not name:
+            raise
+        logger.exception("%s is refused: this replica starts with %s, which others serve", address, name)
+    return await asyncio.to_thread(source.load, SCHEME + name)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a source was answered.
-
-    Attributes:
-        texts: The candidates, the best first.
-        steps: The text of the best after each solver step, where settings.follow.
-        source_tokens: Tokens of the source that were read.
-        source_tokens_cut: Tokens of the source that were cut off to fit.
-        nfe: Trunk passes of each candidate.
-        tokenise_s: Time the request's tokenisation took.
-        queue_s: Time it waited for the model.
-        sample_s: Time its batch took.
-        decode_s: Time that turning tokens into text took.
-        batch_size: Sources of its batch.
-    """
-
-    texts: list[Text]
-    steps: list[Step]
-    source_tokens: int
-    source_tokens_cut: int
-    nfe: int
-    tokenise_s: float
-    queue_s: float
-    sample_s: float
-    decode_s: float
-    batch_size: int
-
-
-class ServedModel:
-    """An engine, its queue and its tokenizer's threads."""
+class Models:
+    """All models of a replica; its methods run on one event loop."""
 
     def __init__(
-        self, name: str, engine: Engine, metrics: Metrics, max_queued: int, draws: Executor, texts: Executor
-    ) -> None:
-        """Join them.
-
-        Args:
-            name: What answers call the model.
-            engine: Loaded.
-            metrics: Where its work is counted.
-            max_queued: Most sources that wait.
-            draws: The one thread that draws.
-            texts: Threads for tokenizer and decoder where a text is long: the event loop is left to HTTP.
-        """
-        self.name, self.engine, self.metrics, self._texts = name, engine, metrics, texts
-        self.created = int(time.time())
-        self.batcher = Batcher(
-            engine.draw,
-            draws,
-            max_batch_size=engine.max_batch_size,
-            max_batch_tokens=engine.max_batch_tokens,
-            max_queued=max_queued,
-            observe=lambda jobs, seconds: metrics.batch(name, jobs, seconds),
-        )
-        metrics.watch_queue(name, lambda: self.batcher.queued)
-
-    def retire(self) -> None:
-        """Another takes its place; what it has begun it ends."""
-        self.metrics.forget_queue(self.name)
-
-    async def ask(
         self,
-        sources: Sequence[str],
-        seeds: Sequence[int],
-        settings: Settings,
-        timeout_s: float,
+        models: Mapping[str, ServedModel],
+        source: Source,
         *,
-        param: str = "source",
-        may_cut: bool = True,
-        with_pieces: bool = False,
-    ) -> Asked:
-        """Tokenise sources and put them into the queue.
+        any_registered: bool,
+        most: int,
+        retry_s: float,
+    ) -> None:
+        """Hold at least one; the first is the one that answers requests which name none.
 
         Args:
-            sources: Texts as the model's task template makes them.
-            seeds: One a source.
-            settings: How to draw for them.
-            timeout_s: How long all of it may take.
-            param: What the request calls the sources.
-            may_cut: Whether a source that is too long is cut rather than refused.
-            with_pieces: Whether each token's part of the text is wanted.
+            models: Those that stay, by address.
+            source: Where others and newer versions come from.
+            any_registered: Whether a request may name any model of the registry.
+            most: Most models in memory; then the one that was not asked for the longest goes.
+            retry_s: A model that could not be loaded is not tried again for so long.
+        """
+        self._held = {address: _Held(model, pinned=True) for address, model in models.items()}
+        self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
+        self._first = next(iter(self._held.values()))
+        self._loading: dict[str, asyncio.Task[_Held]] = {}
+        self._failed: dict[str, tuple[float, RequestError]] = {}
+        self._one_at_a_time = asyncio.Lock()  # there is memory for one more, not for any number
+        self._loader = ThreadPoolExecutor(1, "load")
+
+    @property
+    def all(self) -> dict[str, ServedModel]:
+        """The models in memory by the names that answers call them."""
+        return {held.model.name: held.model for held in self._held.values()}
+
+    @property
+    def first(self) -> ServedModel:
+        """The model of requests that name none."""
+        return self._first.model
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that stays answers."""
+        return all(held.model.engine.ready for held in self._held.values() if held.pinned)
+
+    def refusal(self) -> Overloaded | None:
+        """What any request would be told now, whichever model it names; None: that depends."""
+        if self._any_registered:
+            return None
+        refusals = [held.model.batcher.refusal() for held in self._held.values()]
+        return None if None in refusals else refusals[0]
+
+    async def get(self, name: str | None, timeout_s: float) -> ServedModel:
+        """The model of a name: that of its answers, or its address with or without `models:/`.
+
+        Args:
+            name: None: the first.
+            timeout_s: How long it may take to load.
 
         Raises:
-            FieldError: If this model cannot take it.
-            Overloaded: If the queue is full.
+            NotFound: If there is none.
+            Overloaded: If there is no room for it now, the registry cannot be read, or it takes too long.
+            ServerError: If it cannot be loaded.
         """
-        self.engine.check(sources, settings, param)
-        begun = time.perf_counter()
-        encodings = await self._encode(list(sources))
-        tokenise_s = time.perf_counter() - begun
-        cut = next((encoding for encoding in encodings if encoding.num_cut), None)
-        if cut is not None and not may_cut:
-            most = self.engine.generator.max_source_tokens
-            raise FieldError(
-                param,
-                f"{param} must have at most {most} tokens, got {len(cut.ids) + cut.num_cut}",
-                f"{most} tokens",
-                code="context_length_exceeded",
-            )
-        jobs = [Job(encoding, seed, settings) for encoding, seed in zip(encodings, seeds, strict=True)]
-        return Asked(self, jobs, encodings, tokenise_s, timeout_s - tokenise_s, with_pieces)
+        if name is None:
+            return self.first
+        held = self._find(name)
+        if held is None and self._any_registered:
+            address = name if is_registered(name) else SCHEME + name
+            try:
+                async with asyncio.timeout(timeout_s):
+                    held = await self._loaded(address)
+            except TimeoutError:
+                raise Overloaded(f"{name} is being loaded; come again", code="loading", retry_after_s=1) from None
+        if held is None:
+            raise self._unknown(name)
+        held.used_s = time.monotonic()
+        return held.model
 
-    async def _encode(self, sources: list[str]) -> list[Encoding]:
-        if sum(map(len, sources)) <= FEW_CHARS:
-            return self.engine.generator.encode(sources)
-        return await self._in_thread(self.engine.generator.encode, sources)
+    def named_by(self, address: str) -> str:
+        """Name of the model that stands for an address; empty: there is none in memory."""
+        return self._held[address].model.name if address in self._held else ""
 
-    async def read(self, candidates: Sequence[Candidate], with_pieces: bool) -> list[Text]:
-        """The texts of candidates."""
-        if not with_pieces and sum(len(found.tokens) for found in candidates) <= FEW_TOKENS:
-            return self._read(candidates, with_pieces)
-        return await self._in_thread(self._read, candidates, with_pieces)
+    def _find(self, name: str) -> _Held | None:
+        for address in (name, SCHEME + name):
+            if address in self._held:
+                return self._held[address]
+        return next((held for held in self._held.values() if held.model.name == name), None)
 
-    def _read(self, candidates: Sequence[Candidate], with_pieces: bool) -> list[Text]:
-        tokenizer = self.engine.generator.tokenizer
-        return [
-            Text(tokenizer.decode(found.tokens), found, tokenizer.pieces(found.tokens) if with_pieces else None)
-            for found in candidates
-        ]
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)
-
-
-class Asked:
-    """A request whose sources are in the queue."""
-
-    def __init__(
-        self,
-        model: ServedModel,
-        jobs: list[Job],
-        encodings: list[Encoding],
-        tokenise_s: float,
-        timeout_s: float,
-        with_pieces: bool,
-    ) -> None:
-        """Made by `ServedModel.ask`.
-
-        Raises:
-            Overloaded: If the queue is full.
-        """
-        self._model, self._encodings, self._tokenise_s, self._with_pieces = model, encodings, tokenise_s, with_pieces
-        self._steps: list[list[tuple[int, list[Candidate]]]] = [[] for _ in jobs]
-        self._news: asyncio.Queue[tuple[int, list[Candidate]] | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        for job, steps in zip(jobs, self._steps, strict=True):
-            if job.settings.follow:
-                job.on_step = self._listener(loop, steps)
-        self._ticket: Ticket = model.batcher.submit(jobs, timeout_s)
-
-    def _listener(
-        self, loop: asyncio.AbstractEventLoop, steps: list[tuple[int, list[Candidate]]]
-    ) -> Callable[[int, list[Candidate]], None]:
-        def on_step(step: int, candidates: list[Candidate]) -> None:
-            steps.append((step, candidates))
-            loop.call_soon_threadsafe(self._news.put_nowait, (step, candidates))
-
-        return on_step
-
-    async def answers(self) -> list[Answer]:
-        """Wait for the answers, in the order of the sources.
-
-        Raises:
-            Overloaded: If the deadline passes.
-            Exception: What went wrong.
-        """
-        results = await self._ticket.results()
-        return [await self._answer(i, result) for i, result in enumerate(results)]
-
-    async def _answer(self, i: int, result: Result) -> Answer:
-        begun = time.perf_counter()
-        found = result.drawn.candidates
-        best = [candidates[found[0].number] for _, candidates in self._steps[i]]
-        texts = await self._model.read([*found, *best], self._with_pieces)
-        decode_s = time.perf_counter() - begun
-        encoding = self._encodings[i]
-        self._model.metrics.drawn(self._model.name, len(encoding.ids), result.drawn, result.queue_s)
-        steps = [Step(step, text) for (step, _), text in zip(self._steps[i], texts[len(found) :], strict=True)]
-        return Answer(
-            texts=texts[: len(found)],
-            steps=steps,
-            source_tokens=len(encoding.ids),
-            source_tokens_cut=encoding.num_cut,
-            nfe=result.drawn.nfe,
-            tokenise_s=self._tokenise_s,
-            queue_s=result.queue_s,
-            sample_s=result.draw_s,
-            decode_s=decode_s,
-            batch_size=result.batch_size,
+    def _unknown(self, name: str) -> NotFound:
+        known = sorted(self.all)
+        return NotFound(
+            f"there is no model {shown(name)}; there is {', '.join(known)}",
+            param="model",
+            code="model_not_found",
+            allowed=known,
         )
 
-    async def follow(self) -> AsyncGenerator[Step | Answer, None]:
-        """The first candidate of a lone source after each solver step, as soon as it is done; then the answer."""
-        answer = asyncio.ensure_future(self.answers())
-        answer.add_done_callback(lambda _: self._news.put_nowait(None))
+    async def _loaded(self, address: str) -> _Held:
+        """Load a model, once for all who wait for it."""
+        until, error = self._failed.get(address, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise error
+        if address not in self._loading:
+            self._loading[address] = asyncio.create_task(self._load(address))
+        return await asyncio.shield(self._loading[address])  # who leaves does not take it along
+
+    async def _load(self, address: str) -> _Held:
+        name = address.removeprefix(SCHEME)
         try:
-            while (news := await self._news.get()) is not None:
-                step, candidates = news
-                (text,) = await self._model.read(candidates[:1], self._with_pieces)
-                yield Step(step, text)
-            yield (await answer)[0]
+            async with self._one_at_a_time:
+                await self._in_thread(self._source.current, address)  # no model makes room for one that is not there
+                self._make_room()
+                model = await self._in_thread(self._source.load, address)
+                held = self._held[address] = _Held(model, pinned=False)
+                return held
+        except Overloaded:
+            raise
+        except RegistryAway as away:
+            logger.warning("%s was asked for: %s", address, away)
+            message = f"{shown(name)} is not in memory, and the registry cannot be read now; come again later"
+            retry_s = max(1, math.ceil(self._retry_s))
+            error: RequestError = Overloaded(message, code="registry_unavailable", retry_after_s=retry_s)
+        except RegistryError as missing:
+            logger.info("%s was asked for: %s", address, missing)
+            error = self._unknown(name)
+        except Exception:
+            logger.exception("%s cannot be served", address)
+            error = ServerError(f"model {shown(name)} cannot be loaded; the log says why", code="model_not_loaded")
         finally:
-            answer.cancel()
+            self._loading.pop(address, None)
+        if len(self._failed) >= 1000:
+            self._failed.clear()
+        self._failed[address] = (time.monotonic() + self._retry_s, error)
+        raise error
 
+    def _make_room(self) -> None:
+        """Let the model go that was not asked for the longest, if there are too many.
 
-def pools() -> tuple[Executor, Executor]:
-    """The threads of a replica: the one that draws, and those that turn text into tokens and back."""
-    return ThreadPoolExecutor(1, "draw"), ThreadPoolExecutor(2, "text")
+        Raises:
+            Overloaded: If all of them are at work or stay.
+        """
+        if len(self._held) < self._most:
+            return
+        free = [
+            (held.used_s, address)
+            for address, held in self._held.items()
+            if not held.pinned and not held.model.batcher.busy
+        ]
+        if not free:
+            raise Overloaded(
+                f"all {self._most} models in memory are needed; come again later", code="models_full", retry_after_s=5
+            )
+        self._held.pop(min(free)[1]).model.retire()
+
+    async def refresh(self) -> None:
+        """Look where the aliases point, and put new versions in the place of old ones."""
+        for address, held in list(self._held.items()):
+            if not is_registered(address) or "@" not in address:
+                continue
+            try:
+                name = await self._in_thread(self._source.current, address)
+            except RegistryError as error:
+                logger.warning("%s stays what it is: %s", address, error)
+                continue
+            if name in (held.model.name, held.refused):
+                continue
+            try:
+                model = await self._in_thread(self._source.load, address)
+            except Exception:
+                held.refused = name
+                held.model.metrics.refused(address)
+                logger.exception("%s is refused, %s goes on serving %s", name, address, held.model.name)
+                continue
+            old, held.model, held.refused = held.model, model, ""
+            old.retire()
+            logger.info("%s: %s takes the place of %s", address, model.name, old.name)
+
+    async def keep_fresh(self, every_s: float) -> None:
+        """Refresh for ever."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.refresh()
+            except Exception:  # the next look may work
+                logger.exception("the registry could not be looked at")
+
+    async def _in_thread(self, function: Callable[[str], T], address: str) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function, address)

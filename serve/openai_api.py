@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from serve.errors import FieldError
-from serve.models import Answer, ServedModel, Text
 from serve.schemas import (
     ALLOWED,
     DOCUMENTED,
@@ -31,10 +30,13 @@ from serve.schemas import (
     disagreement,
     unicode,
 )
+from serve.served_model import Answer, ServedModel, Text
 from yan_core.config import ModelConfig, SamplingConfig
 from yan_core.tasks import InfillingTask
 from yan_core.tokenization import MASK
 
+FIELDS = {"source": "prompt", "num_candidates": "n", "with_log_probs": "logprobs"}
+"""What OpenAI calls that is named otherwise in `Engine` and `Settings`."""
 Count = Annotated[int, Field(ge=1, le=MAX_CANDIDATES)]
 Stop = Annotated[str, Field(min_length=1)]
 One = Annotated[float, Field(ge=1, le=1)]

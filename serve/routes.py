@@ -27,16 +27,16 @@ from serve.errors import (
     RequestError,
     TooLarge,
     TooSlow,
+    calling,
     shown,
     wrapped,
 )
 from serve.gate import Gate, access_log
 from serve.limits import BodyLimit, RateLimit
 from serve.metrics import Metrics
-from serve.models import Answer, ServedModel, Step
+from serve.models import Models
 from serve.openai_api import Completion, CompletionRequest, ModelCard, ModelList
 from serve.page import add_page
-from serve.pool import Models
 from serve.schemas import (
     AppArgs,
     GenerateRequest,
@@ -47,10 +47,13 @@ from serve.schemas import (
     Timings,
     first_error,
 )
+from serve.served_model import Answer, ServedModel, Step
 from yan_core.solver import time_grid
 
 OPENAI = "/v1/completions"
 """Where a field that is wrong has status 400, as OpenAI's clients expect; elsewhere it is 422."""
+FIELDS = {"follow": "trajectory"}
+"""What a request to /v1/generate calls otherwise than `Settings`."""
 REFUSALS: dict[int, str] = {
     401: "The key is missing or wrong.",
     404: "There is no such model.",
@@ -72,9 +75,7 @@ def documented(*statuses: int, **more: str) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": text} for status, text in texts.items()}
 
 
-def create_api(
-    models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[str, str], gives_id: bool = True
-) -> FastAPI:
+def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[str, str]) -> FastAPI:
     """The app of a replica.
 
     Args:
@@ -82,11 +83,10 @@ def create_api(
         metrics: What its models count in.
         args: Arguments of the app.
         keys: From `load_keys`.
-        gives_id: Whether answers get their X-Request-ID here; see `Gate`.
     """
     # The gate is outermost, so that a request without a key costs nothing more; but a browser asks about CORS without.
     rate, log = RateLimit(args.requests_per_minute), access_log(args.access_log)
-    middleware = [Middleware(Gate, keys, rate, metrics, log, models.refusal, gives_id)]
+    middleware = [Middleware(Gate, keys, rate, metrics, log, models.refusal)]
     if args.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -147,14 +147,8 @@ def create_api(
         places = model.engine.generator.max_target_tokens if body.max_tokens is None else body.max_tokens
         settings = settings_of(body, places, follow=body.trajectory or body.stream)
         source = source_of(body, model)
-        asked = await model.ask(
-            [source],
-            [body.seed],
-            settings,
-            left_s,
-            param="source" if body.fields is None else "fields",
-            with_pieces=settings.follow,
-        )
+        with calling(FIELDS if body.fields is None else {**FIELDS, "source": "fields"}):
+            asked = await model.ask([source], [body.seed], settings, left_s, with_pieces=settings.follow)
 
         def response(answer: Answer) -> GenerateResponse:
             note(request, model, [source], [answer])
@@ -198,15 +192,9 @@ def create_api(
         # one, and with more one that it was not trained for.
         places = model.engine.generator.max_target_tokens
         settings = settings_of(body, places, with_log_probs=body.logprobs is not None)
-        asked = await model.ask(
-            sources,
-            openai_api.seeds_of(body),
-            settings,
-            left_s,
-            param="prompt",
-            may_cut=False,
-            with_pieces=openai_api.needs_pieces(body, places),
-        )
+        seeds, with_pieces = openai_api.seeds_of(body), openai_api.needs_pieces(body, places)
+        with calling(openai_api.FIELDS):
+            asked = await model.ask(sources, seeds, settings, left_s, may_cut=False, with_pieces=with_pieces)
         answers = await asked.answers()
         note(request, model, sources, answers)
         whole = openai_api.completion(body, model, answers)

@@ -19,6 +19,10 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 
+class UnknownName(ValueError):
+    """A setting that there is not."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -839,8 +843,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         where: Dotted key of this section, for messages.
 
     Raises:
-        ValueError: On an unknown key (the nearest known one is offered), a wrong type or a value out of range; the
-            message starts with the dotted key.
+        UnknownName: On an unknown key; the nearest known one is offered.
+        ValueError: On a wrong type or a value out of range; these messages too start with the dotted key.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where or 'config'} must be a mapping of settings, got {type(values).__name__}")
@@ -850,7 +854,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ValueError(unknown_name(dotted, str(key), known))
+            raise UnknownName(unknown_name(dotted, str(key), known))
         kwargs[key] = _convert(hints[key], value, dotted)
     try:
         return cls(**kwargs)

@@ -48,8 +48,10 @@ def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("nmae: x", r"nmae[\s\S]*Did you mean name\?"),
-        ("model: {d_modle: 64}", r"d_modle[\s\S]*Did you mean model.d_model\?"),
+        ("nmae: x", r"nmae: unknown name 'nmae'; did you mean 'name'\?"),
+        ("model: {d_modle: 64}", r"model\.d_modle: unknown name .* did you mean 'd_model'\?"),
+        ("data: {datasets: {a: {formt: csv}}}", r"data\.datasets\.a\.formt: .* did you mean 'format'\?"),
+        ("data: {datasets: {a: {colums: {}}}}", r"data\.datasets\.a\.colums: .* did you mean 'columns'\?"),
         ("model: {d_model: wide}", "model.d_model"),
         ("model: {d_model: 10}", "multiple of"),
         (
@@ -79,6 +81,7 @@ def test_a_wrong_override_offers_the_nearest_key(key, meant):
     "args, message",
     [
         (["--seed", "x"], "seed: must be of type int, got x"),
+        (["--scaling.num_workers", "x"], "scaling.num_workers: must be one of int, tuple[int, int], got x"),
         (["--evaluation.keep", "bst"], "evaluation.keep: must be one of 'last', 'best', got bst"),
     ],
 )

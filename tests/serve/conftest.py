@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from ray.serve._private.http_util import RequestIdMiddleware
+from starlette.types import Receive, Scope, Send
 
 from serve.engine import Engine
 from serve.metrics import Metrics
-from serve.models import ServedModel, pools
-from serve.pool import Models, Source
+from serve.models import Models, Source
 from serve.routes import create_api
 from serve.schemas import AppArgs
+from serve.served_model import ServedModel, pools
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, ModelConfig, TokenizerConfig
 from yan_core.model import build_model
@@ -56,6 +58,14 @@ def engine_of(folder: Path, **limits: int) -> Engine:
     )
 
 
+class GivesIds(RequestIdMiddleware):
+    """What Serve puts around an app; it passes on requests alone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one on."""
+        await (self._app if scope["type"] == "lifespan" else super().__call__)(scope, receive, send)
+
+
 class NoShelf:
     """Where no other model comes from."""
 
@@ -96,6 +106,7 @@ def start(model_folder: Path) -> Iterator[Start]:
             stack.callback(texts.shutdown)
             models = models_of([ServedModel("tiny", engine, metrics, args.max_queued_requests, draws, texts)])
             api = create_api(models, metrics, args, keys or {})
+            api.add_middleware(GivesIds)
             api.state.engine, api.state.models = engine, models
             return stack.enter_context(TestClient(api, raise_server_exceptions=False))
 

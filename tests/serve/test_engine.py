@@ -62,7 +62,12 @@ def test_the_seed_matters(engine):
     [
         ("a", {"max_tokens": 65}, "max_tokens", r"max_tokens must be a whole number in \[1, 64\], got 65"),
         ("a" * 201, {}, "source", "at most 200 characters, got 201"),
-        ("a", {"sampling": MANY, "max_tokens": 64}, "num_candidates", "take 2080 tokens, .* at most 2000"),
+        (
+            "a",
+            {"sampling": MANY, "max_tokens": 64},
+            "num_candidates",
+            "num_candidates: .* take 2080 tokens, .* at most 2000",
+        ),
     ],
 )
 def test_limits_of_the_model(model_folder, source, change, field, message):
@@ -151,7 +156,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     ("module", "never"),
     [
         ("serve.engine", ("ray", "fastapi", "starlette", "mlflow", "pipelines")),
-        ("serve.models", ("ray", "fastapi", "starlette", "mlflow", "pipelines")),
+        ("serve.served_model", ("ray", "fastapi", "starlette", "mlflow", "pipelines")),
         ("serve.routes", ("ray", "mlflow", "pipelines")),
     ],
 )

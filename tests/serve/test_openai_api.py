@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve.models import Text
 from serve.openai_api import ending
+from serve.served_model import Text
 from tests.serve.conftest import save_tiny
 from yan_core.generator import Candidate
 

@@ -17,10 +17,10 @@ import pytest
 import uvicorn
 
 from serve.metrics import Metrics
-from serve.models import ServedModel, pools
 from serve.page import FILES, FOLDER
 from serve.routes import create_api
 from serve.schemas import AppArgs
+from serve.served_model import ServedModel, pools
 from tests.serve.conftest import engine_of, models_of, save_tiny
 from yan_core.config import BaselineConfig
 

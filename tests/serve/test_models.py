@@ -9,9 +9,9 @@ import pytest
 
 from serve.errors import NotFound, Overloaded, ServerError
 from serve.metrics import Metrics
-from serve.models import ServedModel
-from serve.pool import Models, first_load
+from serve.models import Models, first_load
 from serve.registry import RegistryAway, RegistryError
+from serve.served_model import ServedModel
 from tests.serve.conftest import models_of
 
 CHAMPION = "models:/story@champion"
