@@ -184,46 +184,27 @@ def _generate(args: list[str]) -> int:
     return 0
 
 
-SERVE_ARGS = (
-    "num_replicas",
-    "num_steps",
-    "use_gpu",
-    "api_keys_file",
-    "requests_per_minute",
-    "access_log",
-    "log_prompts",
-    "deterministic",
-    "max_replicas",
-    "max_batch_size",
-    "max_queued_requests",
-    "more_models",
-    "any_registered",
-    "max_models",
-)
-"""Arguments of the app that `yan serve` passes on where they are given."""
-
-
 def _serve(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="yan serve", description="Serve a model over HTTP until interrupted.")
     parser.add_argument("--model", required=True, help="model folder or models:/name@alias")
     unnamed: Any = {"default": argparse.SUPPRESS}  # the defaults are in serve.schemas.AppArgs and serve.launch
     parser.add_argument("--host", **unnamed, help="address to listen on")
     parser.add_argument("--port", type=int, **unnamed, help="port to listen on")
-    parser.add_argument("--replicas", dest="num_replicas", type=int, **unnamed, help="copies of the model")
+    parser.add_argument("--num-replicas", type=int, **unnamed, help="copies of the model")
     parser.add_argument("--num-steps", type=int, **unnamed, help="solver steps where a request names none")
-    parser.add_argument("--gpu", dest="use_gpu", action="store_true", **unnamed, help="one GPU a replica")
+    parser.add_argument("--use-gpu", action="store_true", **unnamed, help="one GPU a replica")
     parser.add_argument(
         "--address", default=None, help="Ray cluster to serve on; default: RAY_ADDRESS, else a local one"
     )
     parser.add_argument("--tracking-uri", default="", help="MLflow store for models:/ names")
     more = parser.add_argument_group("more", argument_default=argparse.SUPPRESS)
-    more.add_argument("--api-keys", dest="api_keys_file", metavar="FILE", help="who may ask: see docs/SERVING.md")
+    more.add_argument("--api-keys-file", metavar="FILE", help="who may ask: see docs/SERVING.md")
     more.add_argument("--requests-per-minute", type=int, help="most requests of a key to a replica")
     more.add_argument("--access-log", metavar="FILE", help="one JSON line a request; default: with Ray's logs")
     more.add_argument("--log-prompts", action="store_true", help="the access log holds what was asked")
     more.add_argument("--deterministic", action="store_true", help="the same text to the last bit in any company")
     more.add_argument(
-        "--max-replicas", type=int, help="most copies, as many as the requests need; --replicas: the fewest"
+        "--max-replicas", type=int, help="most copies, as many as the requests need; --num-replicas: the fewest"
     )
     more.add_argument("--max-batch-size", type=int, help="most sources of a batch")
     more.add_argument("--max-queued-requests", type=int, help="most sources that wait in a replica; then status 503")
@@ -232,18 +213,19 @@ def _serve(args: list[str]) -> int:
     more.add_argument("--max-models", type=int, help="most models in a replica's memory")
     chosen = parser.parse_args(args)
     _at_least_one(chosen, "num_steps", "port")
-    given = {key: value for key, value in vars(chosen).items() if key in SERVE_ARGS}
-    where = {key: value for key, value in vars(chosen).items() if key in ("host", "port")}
+    given = vars(chosen)
+    ray_address = given.pop("address")
+    where = {key: given.pop(key) for key in ("host", "port") if key in given}
+    given["tracking_uri"] = given["tracking_uri"] or _default_registry()
     import importlib
 
     # Named as strings: pipelines never imports serve but here.
     launch, schemas = importlib.import_module("serve.launch"), importlib.import_module("serve.schemas")
-    tracking_uri = chosen.tracking_uri or _default_registry()
     try:
-        app_args = schemas.AppArgs(model=chosen.model, tracking_uri=tracking_uri, **given)
+        app_args = schemas.AppArgs(**given)
     except ValueError as error:
         raise UsageError(_by_option(error, schemas.AppArgs.model_fields)) from error
-    launch.serve_blocking(app_args, **where, ray_address=chosen.address)
+    launch.serve_blocking(app_args, **where, ray_address=ray_address)
     return 0
 
 
@@ -252,10 +234,9 @@ def _by_option(error: Any, fields: Iterable[str]) -> str:
     first = error.errors(include_url=False)[0]
     said = re.sub("^Value error, ", "", first["msg"]).replace("Input should be", "must be")
     said = f"{first['loc'][0]} {said}, got {first['input']!r}" if first["loc"] else said
-    own = {"num_replicas": "--replicas", "use_gpu": "--gpu", "api_keys_file": "--api-keys"}
     for field in fields:
         if "_" in field or field in first["loc"]:
-            said = re.sub(rf"\b{field}\b", own.get(field, f"--{field.replace('_', '-')}"), said)
+            said = re.sub(rf"\b{field}\b", f"--{field.replace('_', '-')}", said)
     return said
 
 

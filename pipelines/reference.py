@@ -38,7 +38,7 @@ SERVING_HEAD = """
 ## The served app
 
 The arguments of `serve.app:build_app`, as `args` of a Serve config and `serve run` have them. `yan serve` has options
-for most, with dashes; its `--replicas`, `--gpu` and `--api-keys` are num_replicas, use_gpu and api_keys_file.
+for most, with dashes for underscores.
 
 | argument | type | default | |
 |---|---|---|---|

@@ -52,7 +52,7 @@ def load_keys(file: str = "") -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"api_keys_file={file} (yan serve --api-keys, or {ENVIRONMENT}) cannot be read: {reason}"
+            f"api_keys_file={file} (yan serve --api-keys-file, or {ENVIRONMENT}) cannot be read: {reason}"
         ) from None
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -126,7 +126,7 @@ def refuse_open_server(host: str, keys: Mapping[str, str]) -> None:
     if not keys and not is_loopback(host):
         raise ValueError(
             f"host={host} opens the server to other machines, and anyone could use it: name keys in api_keys_file "
-            f"(yan serve --api-keys FILE, or {ENVIRONMENT}=FILE), or listen on 127.0.0.1"
+            f"(yan serve --api-keys-file FILE, or {ENVIRONMENT}=FILE), or listen on 127.0.0.1"
         )
 
 

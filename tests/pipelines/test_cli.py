@@ -125,7 +125,7 @@ def test_a_missing_config_lists_the_shipped_ones():
         (["run", "--nmae", "x"], 2, "Did you mean name"),
         (["evaluate", "--model", "nowhere", "--config", str(CONFIGS[0]), "--data", "x"], 1, "not a YAN model"),
         (["serve", "--model", "nowhere"], 1, "not a YAN model"),
-        (["serve", "--model", "m", "--replicas", "0"], 2, "--replicas must be >= 1 without --max-replicas, got 0"),
+        (["serve", "--model", "m", "--num-replicas", "0"], 2, "--num-replicas must be >= 1 without --max-replicas"),
         (["serve", "--model", "m", "--num-steps", "10000"], 2, "--num-steps must be less than or equal to "),
         (["run"], 2, "which run? --config FILE says it (shipped: "),
         (["train", "--seed", "2"], 2, "or --name NAME with the defaults"),
