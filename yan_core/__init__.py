@@ -8,7 +8,7 @@ Settings are frozen dataclasses, made of plain dictionaries and given back as su
 (500, 4)
 >>> yan_core.from_dict(yan_core.RunConfig, {"modle": {}})  # doctest: +ELLIPSIS
 Traceback (most recent call last):
-ValueError: modle: unknown name 'modle'; did you mean 'model'? Allowed: autoencoder_loss, baseline, data, ...
+yan_core.config.UnknownName: modle: unknown name 'modle'; did you mean 'model'? Allowed: autoencoder_loss, baseline, ...
 
 A tokenizer learns its vocabulary, and a model is built for it; this one has not learnt anything:
 
