@@ -24,7 +24,7 @@ SEPARATE_LOOP = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"
 """Whether a replica's HTTP and its handlers have a thread each, by default they do. Ours never wait for anything in
 their own thread, and each request would be handed over twice: a fifteenth of the throughput."""
 BLOCK = 100
-"""Ports for the replicas of one server."""
+"""Ports of one server: four of its own, the others for its replicas."""
 SCRIPT = Path(__file__).with_name("haproxy.sh")
 """What Serve starts in HAProxy's place; a cluster's nodes name it themselves."""
 
@@ -69,8 +69,8 @@ def private_haproxy() -> Iterator[None]:
         wrapper = home / SCRIPT.name
         shutil.copyfile(SCRIPT, wrapper)
         wrapper.chmod(0o700)
-        metrics_port, stats_port, fallback, fallback_grpc = _free_ports(4)
         first = _free_block()
+        metrics_port, stats_port, fallback, fallback_grpc = range(first, first + 4)
         ours = {
             "YAN_HAPROXY": haproxy() or "haproxy",
             "YAN_HAPROXY_LOOPBACK": "1",
@@ -85,7 +85,7 @@ def private_haproxy() -> Iterator[None]:
             # Serve's own proxy, which HAProxy asks while there is no replica: by default another server's is there too.
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 4),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + BLOCK - 1),
             "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         }
@@ -101,16 +101,8 @@ def private_haproxy() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def _free_block() -> int:
-    """First of BLOCK ports that nobody listens on, below those that Linux gives out.
+    """First of BLOCK ports that nobody listens on, below those that Linux gives to anyone who connects.
 
     By default every Serve takes its replicas' ports from 30000 on, and of two on one machine HAProxy may send requests
     to a replica of the other one.
@@ -121,7 +113,7 @@ def _free_block() -> int:
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + BLOCK):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                    stack.enter_context(socket.socket()).bind(("", port))  # as Serve does
                 return first
             except OSError:
                 continue

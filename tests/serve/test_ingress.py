@@ -15,6 +15,7 @@ import pytest
 from ray.serve._private import haproxy_templates
 
 from serve import ingress
+from tests.clusters.conftest import free_port
 
 CHOSEN = "import os, sys; {}import serve; from serve.ingress import described; print(os.environ.get('{}'), described())"
 
@@ -51,6 +52,8 @@ def test_two_servers_share_no_file_and_no_port(monkeypatch: pytest.MonkeyPatch):
     ours += [f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT" for kind in ("HTTP", "GRPC")]
     with ingress.private_haproxy():
         first = {name: os.environ[name] for name in ours}
+        given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        assert all(int(value) < given_out for name, value in os.environ.items() if name in ours and "_PORT" in name)
         with socket.socket() as replica:
             replica.bind(("127.0.0.1", low := int(os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])))
             with ingress.private_haproxy():
@@ -127,7 +130,7 @@ def replica(silent: float) -> int:
 
 def answers_of(count: int, tmp_path: Path, **servers: int) -> list[bytes]:
     """The answers to so many requests to HAProxy, with Ray's error page, in front of the servers, by name and port."""
-    (port,) = ingress._free_ports(1)
+    port = free_port()
     config, page = tmp_path / "haproxy.cfg", tmp_path / "500.http"
     page.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
     config.write_text(
@@ -163,7 +166,7 @@ def test_request_is_answered_though_more_connections_than_haproxy_has_tries_end_
     ("only", "status", "code", "comes_again"), [(None, 503, "no_replica", True), (math.inf, 502, "replica_lost", False)]
 )
 def test_what_haproxy_answers_itself_is_read_as_the_servers_errors_are(only, status, code, comes_again, tmp_path: Path):
-    port = ingress._free_ports(1)[0] if only is None else replica(only)
+    port = free_port() if only is None else replica(only)
     (answer,) = answers_of(1, tmp_path, only=port)
     head, _, body = answer.partition(b"\r\n\r\n")
     told = json.loads(body)["error"]
