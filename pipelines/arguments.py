@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from yan_core.config import RunConfig, UnknownName, from_dict, to_dict
+from yan_core.config import DatasetConfig, RunConfig, UnknownName, from_dict, to_dict, unknown_name
 
 MAKES_A_RUN = ("prepare", "train", "run", "submit")
 """Commands that write into the folder of a run, and so do not start by its name's default alone."""
@@ -113,6 +114,10 @@ def _in_our_words(message: str) -> str:
     if any_of:
         kinds = re.sub(r"<class '(\w+)'>", r"\1", any_of[2])
         return f"{any_of[1]}: must be one of {kinds}, got {any_of[3]}"
+    of_a_data_set = re.search(r'Parser key "data\.datasets":\s+Option \'(\w+)\' is not accepted', message)
+    if of_a_data_set:  # which one jsonargparse does not tell
+        names = sorted(field.name for field in dataclasses.fields(DatasetConfig))
+        return unknown_name(f"data.datasets.*.{of_a_data_set[1]}", of_a_data_set[1], names)
     known = dotted_keys(to_dict(RunConfig()))
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if in_group:

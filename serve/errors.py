@@ -80,11 +80,12 @@ class FieldError(RequestError):
     ) -> None:
         """Name the field, say what is wrong with it, its name first, and what is allowed."""
         super().__init__(message, param=param, code=code, allowed=allowed)
-        self.field = param
 
-    def renamed(self, name: str) -> FieldError:
+    def renamed(self, names: Mapping[str, str]) -> FieldError:
         """The same of a field that the request calls otherwise; messages begin with the field's name."""
-        return FieldError(name, name + self.message.removeprefix(self.field), self.allowed, self.code or "")
+        ours = self.param or ""
+        name = names.get(ours, ours)
+        return FieldError(name, name + self.message.removeprefix(ours), self.allowed, self.code or "")
 
 
 @contextlib.contextmanager
@@ -93,7 +94,7 @@ def calling(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except FieldError as error:
-        raise error.renamed(names.get(error.field, error.field)) from None
+        raise error.renamed(names) from None
 
 
 class NotFound(RequestError):

@@ -82,6 +82,11 @@ def test_a_wrong_override_offers_the_nearest_key(key, meant):
     [
         (["--seed", "x"], "seed: must be of type int, got x"),
         (["--scaling.num_workers", "x"], "scaling.num_workers: must be one of int, tuple[int, int], got x"),
+        (
+            ["--data.datasets", "{a: {formt: csv}}"],
+            "data.datasets.*.formt: unknown name 'formt'; did you mean 'format'? Allowed: columns, config_name, "
+            "document, format, held_out, kinds, max_events, num_train, num_validation, path, train, validation, where",
+        ),
         (["--evaluation.keep", "bst"], "evaluation.keep: must be one of 'last', 'best', got bst"),
     ],
 )
@@ -125,7 +130,11 @@ def test_a_missing_config_lists_the_shipped_ones():
         (["run", "--nmae", "x"], 2, "Did you mean name"),
         (["evaluate", "--model", "nowhere", "--config", str(CONFIGS[0]), "--data", "x"], 1, "not a YAN model"),
         (["serve", "--model", "nowhere"], 1, "not a YAN model"),
-        (["serve", "--model", "m", "--num-replicas", "0"], 2, "--num-replicas must be >= 1 without --max-replicas"),
+        (
+            ["serve", "--model", "m", "--num-replicas", "0"],
+            2,
+            "--num-replicas must be >= 1 without --max-replicas, got 0",
+        ),
         (["serve", "--model", "m", "--num-steps", "10000"], 2, "--num-steps must be less than or equal to "),
         (["run"], 2, "which run? --config FILE says it (shipped: "),
         (["train", "--seed", "2"], 2, "or --name NAME with the defaults"),

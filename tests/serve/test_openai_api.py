@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from serve.openai_api import ending
 from serve.served_model import Text
 from tests.serve.conftest import save_tiny
+from yan_core.config import BaselineConfig
 from yan_core.generator import Candidate
 
 QUESTION = "Where is Mary?"
@@ -245,6 +246,22 @@ def test_half_a_surrogate_pair_in_a_suffix_is_refused(start, tmp_path):
 def test_what_is_too_much_is_named_as_openai_names_it(start):
     answer = start(max_batch_tokens=64).post("/v1/completions", json={"prompt": QUESTION, "n": 32})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/v1/completions", {"prompt": QUESTION, "logprobs": 1}, "logprobs"),
+        ("/v1/completions", {"prompt": QUESTION, "n": 2}, "n"),
+        ("/v1/completions", {"prompt": "a" * 20_001}, "prompt"),
+        ("/v1/generate", {"source": QUESTION, "trajectory": True}, "trajectory"),
+        ("/v1/generate", {"fields": {"context": "a" * 20_001, "question": QUESTION}}, "fields"),
+    ],
+)
+def test_a_refusal_of_the_models_calls_a_field_as_the_request_does(start, tmp_path, path, body, name):
+    shape = BaselineConfig(family="masked_diffusion", d_model=16, num_blocks=1, max_positions=48)
+    error = start(save_tiny(tmp_path / "model", architecture=shape)).post(path, json=body).json()["error"]
+    assert error["param"] == name and error["message"].startswith(f"{name} ")
 
 
 def test_stream_options_that_their_client_knows_pass_at_neutral_values(client):
