@@ -6,7 +6,7 @@ PLAIN := not gpu and not cluster and not soak
 RUN := python
 unexport PYTHONDONTWRITEBYTECODE# cached bytecode starts every Ray worker seconds faster
 
-.PHONY: quickstart test test-runs test-rest test-fast coverage test-cluster machines machines-down lint typecheck docs format constraints clean
+.PHONY: quickstart test test-runs test-rest test-fast coverage test-cluster machines machines-down lint typecheck docs format mutants constraints clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m pipelines quickstart $(QUICKSTART_ARGS)
@@ -29,6 +29,12 @@ coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --include 'yan_core/*' --skip-covered --fail-under 95
 	$(BIN)/coverage report --omit 'yan_core/*' --skip-covered --fail-under 85
+
+# Changes of what computes that no test notices. All of them take hours; MUTANTS="yan_core.path.*" picks some by name.
+mutants: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[mutants]'
+	$(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/mutmut results
 
 # Clusters launched for real. The launched ones want root; what is left out for want of a program fails, and it says which.
 test-cluster: $(VENV)/.installed-dev

@@ -28,13 +28,17 @@ from serve.models import Models, first_load
 from serve.registry import find_version, folder_name, is_registered, registry_uri, resolve, version_name
 from serve.routes import create_api
 from serve.schemas import AppArgs
-from serve.served_model import ServedModel, pools
+from serve.served_model import Pools, ServedModel
 
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 2e-4
 """Longest that HTTP keeps Python from the thread that draws: between two operations of a model it would wait for as
 long as a request's handling takes, Python's own limit being 5 ms. What it brings was not measured by itself."""
+
+DRAINING_S = 35.0
+"""For half a minute a replica that is to go takes new requests (RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S), and it
+needs some seconds for the rest."""
 
 SIBLING_S = 5.0
 """How long a replica that starts waits for the word of another."""
@@ -51,7 +55,7 @@ class Shelf:
             metrics: What the models count in.
         """
         self.args, self.metrics = args, metrics
-        self._draws, self._texts = pools()
+        self._pools = Pools()
 
     def load(self, address: str) -> ServedModel:
         """Load a model and generate with it.
@@ -70,7 +74,7 @@ class Shelf:
                 device="cuda" if args.use_gpu else "cpu",
             )
             logger.info("%s is warm after %.1f s", found.name, engine.warm_up(args.num_steps))
-        return ServedModel(found.name, engine, self.metrics, args.max_queued_requests, self._draws, self._texts)
+        return ServedModel(found.name, engine, self.metrics, args.max_queued_requests, self._pools)
 
     def current(self, address: str) -> str:
         """Name of the version that an address of the registry stands for now."""
@@ -179,14 +183,21 @@ def build_app(args: AppArgs) -> Application:
         args = args.model_copy(update={"access_log": str(Path(args.access_log).absolute())})
     # The replica's own queue is the one that fills up: it knows how long it takes and which work is given up. Serve's
     # limits are behind it, where refusing alone is too much.
-    most = 4 * (args.max_queued_requests + args.max_batch_size)
+    num_models = args.max_models if args.any_registered else 1 + len(more)
+    most = 4 * num_models * (args.max_queued_requests + args.max_batch_size)
     return Server.options(  # type: ignore[attr-defined]
         **replicas(args),
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config={"retry_after_s": 1},
+        graceful_shutdown_timeout_s=drain_s(args),
         ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": int(args.use_gpu)},
     ).bind(args)
+
+
+def drain_s(args: AppArgs) -> float:
+    """How long Serve waits for a replica that is to go before it kills it: what came last may take as long as any."""
+    return DRAINING_S + args.request_timeout_s
 
 
 def replicas(args: AppArgs) -> dict[str, Any]:

@@ -16,6 +16,8 @@ logger = logging.getLogger("ray.serve")
 
 ENVIRONMENT = "YAN_API_KEYS_FILE"
 """Names the file of keys where the app's arguments name none."""
+SETTLED_S = 0.5
+"""A file of keys that has changed is taken once it is the same after so long."""
 ANYONE = "anyone"
 """Name of whoever asks a server without keys."""
 
@@ -83,6 +85,11 @@ async def keep_keys(keys: dict[str, str], file: str, every_s: float) -> None:
         await asyncio.sleep(every_s)
         try:
             found = await asyncio.to_thread(load_keys, file)
+            while found != keys:  # a file that is being written may end at the end of a line
+                await asyncio.sleep(SETTLED_S)
+                before, found = found, await asyncio.to_thread(load_keys, file)
+                if found == before:
+                    break
         except ValueError as error:
             if str(error) != told:
                 logger.error("the keys stay as they were: %s", error)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from serve.engine import Job, Kind, Settings
 from serve.errors import Overloaded
@@ -64,6 +65,7 @@ class Batcher:
         max_batch_tokens: int,
         max_queued: int,
         observe: Observe = lambda jobs, seconds: None,
+        beside: WeakSet[Batcher] | None = None,
     ) -> None:
         """Make an empty queue.
 
@@ -74,6 +76,7 @@ class Batcher:
             max_batch_tokens: Most tokens of a batch of two jobs or more.
             max_queued: Most jobs that wait.
             observe: See `Observe`.
+            beside: The queues of the same executor, which take turns; this one is added.
         """
         self._draw, self._executor, self._observe = draw, executor, observe
         self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
@@ -82,6 +85,8 @@ class Batcher:
         self._kinds: Counter[Kind] = Counter()  # of those that wait
         self._started = 0.0
         self._seconds_per_pass = 0.0
+        self._beside = WeakSet[Batcher]() if beside is None else beside
+        self._beside.add(self)
 
     @property
     def queued(self) -> int:
@@ -95,10 +100,16 @@ class Batcher:
 
     @property
     def expected_wait_s(self) -> float:
-        """How long a new job will wait, by the speed of the latest batches.
+        """How long a new job will wait, by the speed of the latest batches: here, and for the turns of other queues.
 
         By trunk passes and not by tokens: a pass over few tokens takes about as long as one over some more.
         """
+        begun_s, waiting_s = self._work_s()
+        others = [queue._work_s() for queue in self._beside if queue is not self]
+        return begun_s + waiting_s + sum(begun + min(waiting, waiting_s) for begun, waiting in others)
+
+    def _work_s(self) -> tuple[float, float]:
+        """How long batches that are made, and what waits for one, will take."""
         totals: dict[Settings, tuple[int, Kind]] = {}  # how many, and the longest of them
         for kind, count in self._kinds.items():
             before, longest = totals.get(kind.settings, (0, kind))
@@ -106,7 +117,7 @@ class Batcher:
         passes = sum(-(-count // self._capacity(longest)) * longest.nfe for count, longest in totals.values())
         passes_drawn = [batch[0].job.kind.nfe for batch in self._drawing] or [0]
         left_s = passes_drawn[0] * self._seconds_per_pass - (time.perf_counter() - self._started)
-        return (passes + sum(passes_drawn[1:])) * self._seconds_per_pass + max(0.0, left_s)
+        return sum(passes_drawn[1:]) * self._seconds_per_pass + max(0.0, left_s), passes * self._seconds_per_pass
 
     def _capacity(self, kind: Kind) -> int:
         """Most jobs of a batch."""
@@ -140,11 +151,12 @@ class Batcher:
         queued = self.queued
         if queued and queued + len(jobs) > self.max_queued:
             raise self._queue_is_full(wait_s)
-        if queued and wait_s > timeout_s:
+        done_s = wait_s + max(job.kind.nfe for job in jobs) * self._seconds_per_pass
+        if wait_s and done_s > timeout_s:  # a model that is free tries: it may be faster than it was
             raise Overloaded(
-                f"the queue takes about {wait_s:.1f} s, longer than this request can wait; come again later",
+                f"the answer would take about {done_s:.1f} s, longer than this request can wait; come again later",
                 code="queue_full",
-                retry_after_s=max(1, math.ceil(wait_s - timeout_s)),
+                retry_after_s=max(1, math.ceil(done_s - timeout_s)),
             )
         loop = asyncio.get_running_loop()
         entries = [_Waiting(job, loop.create_future()) for job in jobs]

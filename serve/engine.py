@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 import yan_core
 from serve.errors import FieldError, must_be
 from yan_core.baselines import beyond_baselines
+from yan_core.batching import SOURCE_BUCKET, length_bucket
 from yan_core.config import SamplingConfig
 from yan_core.generator import Candidate, Drawn
 from yan_core.model import YanModel
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 FAILURES_ALLOWED = 3
 """Batches in a row that may fail altogether before the engine calls itself broken (a lost GPU answers nothing more)."""
-SMALLEST_BUCKET = 16
-"""Sources are batched with others of about their length: up to 16 tokens, up to 32, up to 64, ..."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ class Job:
     @cached_property
     def kind(self) -> Kind:
         """Which jobs it can share a batch with: those of the same kind."""
-        length = max(1, len(self.encoding.ids))
-        return Kind(self.settings, max(SMALLEST_BUCKET, 2 ** (length - 1).bit_length()))
+        return Kind(self.settings, length_bucket(len(self.encoding.ids)))
 
 
 class Cancelled(Exception):
@@ -141,7 +139,7 @@ class Engine:
         return self._warm and self._failures < FAILURES_ALLOWED
 
     def warm_up(self, num_steps: int) -> float:
-        """Draw once for a lone short source and once for a full batch of long ones.
+        """Draw once for a lone short source and once for a full batch of long ones; by CUDA graphs, for each shape.
 
         Args:
             num_steps: Solver steps, as most requests will have them.
@@ -154,18 +152,30 @@ class Engine:
         """
         started = time.perf_counter()
         settings = Settings(num_steps, self.generator.max_target_tokens)
-        (long,) = self.generator.encode(["? " * self.generator.max_source_tokens])
-        (short,) = self.generator.encode(["?"])
-        fit = max(1, min(self.max_batch_size, self.max_batch_tokens // Job(long, 0, settings).kind.tokens))
-        for encodings in ([short], [long] * fit):
-            answer = self.draw([Job(encoding, 0, settings) for encoding in encodings])[0]
+        for jobs in self._shapes(settings):
+            answer = self.draw(jobs)[0]
             if isinstance(answer, Exception):
                 raise RuntimeError(
-                    f"the model was loaded, but a test generation of batch size {len(encodings)} failed: "
+                    f"the model was loaded, but a test generation of batch size {len(jobs)} failed: "
                     f"{type(answer).__name__}: {answer}"
                 ) from answer
         self._warm = True
         return time.perf_counter() - started
+
+    def _shapes(self, settings: Settings) -> list[list[Job]]:
+        """Batches to warm up with."""
+        (long,) = self.generator.encode(["? " * self.generator.max_source_tokens])
+        fits = partial(self._fitting, settings=settings)
+        if self.generator.graphs is None:
+            return [fits(long.ids[:1])[:1], fits(long.ids)]
+        lengths = _doubled(SOURCE_BUCKET, len(long.ids))
+        full = [fits(long.ids[:length]) for length in lengths]
+        return [jobs[:size] for jobs in full for size in _doubled(1, len(jobs))]
+
+    def _fitting(self, ids: list[int], settings: Settings) -> list[Job]:
+        """A full batch of one source."""
+        job = Job(Encoding(ids, 0), 0, settings)
+        return [job] * max(1, min(self.max_batch_size, self.max_batch_tokens // job.kind.tokens))
 
     def check(self, sources: Sequence[str], settings: Settings) -> None:
         """Refuse what this model cannot do, before any work.
@@ -256,3 +266,12 @@ class Engine:
                 return [error]
             logger.warning("a batch of %d failed (%s); its requests now run one by one", len(jobs), error)
         return [self._draw([job])[0] for job in jobs]
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    """The first, twice that and so on while it is less than the last, and the last."""
+    found: list[int] = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return [*found, last]

@@ -1,7 +1,11 @@
 #!/bin/sh
 # HAProxy as Ray Serve is to start it (RAY_SERVE_HAPROXY_BINARY_PATH): with Ray's settings and what these lack.
 # - It can give a request to another replica only where it had all of it before it passed on a part: it waits for the body,
-#   as long as serve/limits.py does, and for a client's next request as long as before.
+#   as long as serve/limits.py does, and for a client's next request as long as before; and where headers and body are not
+#   longer than a buffer, which has room for max_source_chars of any script (20,000 characters, each written as \uXXXX).
+# - Ray's replica reads some headers before our app is asked, and fails at them where they are not UTF-8: those by which a
+#   client would choose a replica, set our deadline aside, or have the work go on when it leaves, are taken away, and an id
+#   that is not printable ASCII.
 # - It tries again up to eight times: where the only replica that it knows dies, each connection that it keeps to it can
 #   cost a try before the replica counts as gone and Serve's own proxy is asked; after the three of its default it closes
 #   the client's connection unanswered.
@@ -23,6 +27,9 @@ told() {  # status, type, code, message, headers
     printf '%s' "\n\1http-error status $1 content-type application/json string" \
         " '{\"error\": {\"message\": \"$4\", \"type\": \"$2\", \"param\": null, \"code\": \"$3\"}}'$5"
 }
+rays='^(x-request-timeout-seconds|x-request-disconnect-disabled|x[-_]session[-_]id|serve[-_]multiplexed[-_]model[-_]id)$'
+headers="http-request del-header $rays -m reg\n\\1http-request del-header x-request-id if"
+headers="$headers !{ req.hdr(x-request-id) -m reg ^[!-~]{1,256}\$ }"
 errors=$(told 400 invalid_request_error bad_request 'this is no request of HTTP'
     told 408 invalid_request_error body_too_slow 'the request must arrive within 20 s'
     told 502 server_error replica_lost 'the replica ended before its answer'
@@ -31,7 +38,9 @@ errors=$(told 400 invalid_request_error bad_request 'this is no request of HTTP'
 for word in "$@"; do
     case "$word" in *.cfg)
         grep -q http-buffer-request "$word" || sed -i -E -e '/^ *errorfile 50[234] /d' \
+            -e 's/^( *tune.bufsize) 16384$/\1 131072/' \
             -e "s|^( *)option redispatch 1\$|&\n\1$whole\n\1$silent$errors|" \
+            -e "/^frontend http_frontend/,/^ *bind /s#^( *)bind .*#&\n\1$headers#" \
             -e 's/^( *server .*) check/\1 tcp-ut 7s check/' "$word"
         grep -q http-buffer-request "$word" || echo "haproxy.sh: $word stays: no request is given to another replica" >&2
         [ -z "$YAN_HAPROXY_LOOPBACK" ] ||

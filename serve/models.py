@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 from serve.errors import NotFound, Overloaded, RequestError, ServerError, shown
@@ -24,6 +25,9 @@ from serve.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+LONGEST_NAME = 256
+"""Characters of a model's name; there is none with a longer one."""
 
 
 class Source(Protocol):
@@ -52,6 +56,10 @@ class _Held:
     """The version that its alias stands for and that does not work."""
 
 
+def _is_alias(address: str) -> bool:
+    return is_registered(address) and "@" in address
+
+
 async def first_load(source: Source, address: str, elsewhere: Callable[[str], Awaitable[str]]) -> ServedModel:
     """A model of a replica that starts.
 
@@ -67,7 +75,7 @@ async def first_load(source: Source, address: str, elsewhere: Callable[[str], Aw
     try:
         return await asyncio.to_thread(source.load, address)
     except Exception:
-        name = await elsewhere(address) if is_registered(address) and "@" in address else ""
+        name = await elsewhere(address) if _is_alias(address) else ""
         if not name:
             raise
         logger.exception("%s is refused: this replica starts with %s, which others serve", address, name)
@@ -99,14 +107,17 @@ class Models:
         self._source, self._any_registered, self._most, self._retry_s = source, any_registered, most, retry_s
         self._first = next(iter(self._held.values()))
         self._loading: dict[str, asyncio.Task[_Held]] = {}
-        self._failed: dict[str, tuple[float, RequestError]] = {}
+        self._failed: dict[str, tuple[float, Callable[[], RequestError]]] = {}  # made anew: an error holds its request
         self._one_at_a_time = asyncio.Lock()  # there is memory for one more, not for any number
         self._loader = ThreadPoolExecutor(1, "load")
 
     @property
     def all(self) -> dict[str, ServedModel]:
-        """The models in memory by the names that answers call them."""
-        return {held.model.name: held.model for held in self._held.values()}
+        """The models in memory by the names that requests can rely on: an alias stays where it moves."""
+        return {
+            address.removeprefix(SCHEME) if _is_alias(address) else held.model.name: held.model
+            for address, held in self._held.items()
+        }
 
     @property
     def first(self) -> ServedModel:
@@ -126,7 +137,7 @@ class Models:
         return None if None in refusals else refusals[0]
 
     async def get(self, name: str | None, timeout_s: float) -> ServedModel:
-        """The model of a name: that of its answers, or its address with or without `models:/`.
+        """The model of a name: that of its answers while it is in memory, or its address with or without `models:/`.
 
         Args:
             name: None: the first.
@@ -139,6 +150,8 @@ class Models:
         """
         if name is None:
             return self.first
+        if len(name) > LONGEST_NAME or not name.isprintable():  # it would go on to the registry and into the log
+            raise self._unknown(name)
         held = self._find(name)
         if held is None and self._any_registered:
             address = name if is_registered(name) else SCHEME + name
@@ -157,10 +170,18 @@ class Models:
         return self._held[address].model.name if address in self._held else ""
 
     def _find(self, name: str) -> _Held | None:
-        for address in (name, SCHEME + name):
-            if address in self._held:
-                return self._held[address]
-        return next((held for held in self._held.values() if held.model.name == name), None)
+        called = (address for address, held in self._held.items() if held.model.name == name)
+        address = next((address for address in (name, SCHEME + name, *called) if address in self._held), None)
+        if address is None:
+            return None
+        held = self._held[address]
+        if not held.pinned and not held.model.engine.ready:  # one that stays is for Serve to replace, with its replica
+            self._drop(address)
+            return None
+        return held
+
+    def _drop(self, address: str) -> None:
+        self._held.pop(address).model.retire()
 
     def _unknown(self, name: str) -> NotFound:
         known = sorted(self.all)
@@ -175,13 +196,14 @@ class Models:
         """Load a model, once for all who wait for it."""
         until, error = self._failed.get(address, (0.0, None))
         if error is not None and time.monotonic() < until:
-            raise error
+            raise error()
         if address not in self._loading:
             self._loading[address] = asyncio.create_task(self._load(address))
         return await asyncio.shield(self._loading[address])  # who leaves does not take it along
 
     async def _load(self, address: str) -> _Held:
         name = address.removeprefix(SCHEME)
+        error: Callable[[], RequestError]
         try:
             async with self._one_at_a_time:
                 await self._in_thread(self._source.current, address)  # no model makes room for one that is not there
@@ -193,21 +215,26 @@ class Models:
             raise
         except RegistryAway as away:
             logger.warning("%s was asked for: %s", address, away)
-            message = f"{shown(name)} is not in memory, and the registry cannot be read now; come again later"
-            retry_s = max(1, math.ceil(self._retry_s))
-            error: RequestError = Overloaded(message, code="registry_unavailable", retry_after_s=retry_s)
+            error = partial(
+                Overloaded,
+                f"{shown(name)} is not in memory, and the registry cannot be read now; come again later",
+                code="registry_unavailable",
+                retry_after_s=max(1, math.ceil(self._retry_s)),
+            )
         except RegistryError as missing:
             logger.info("%s was asked for: %s", address, missing)
-            error = self._unknown(name)
+            error = partial(self._unknown, name)
         except Exception:
             logger.exception("%s cannot be served", address)
-            error = ServerError(f"model {shown(name)} cannot be loaded; the log says why", code="model_not_loaded")
+            error = partial(
+                ServerError, f"model {shown(name)} cannot be loaded; the log says why", code="model_not_loaded"
+            )
         finally:
             self._loading.pop(address, None)
         if len(self._failed) >= 1000:
             self._failed.clear()
         self._failed[address] = (time.monotonic() + self._retry_s, error)
-        raise error
+        raise error()
 
     def _make_room(self) -> None:
         """Let the model go that was not asked for the longest, if there are too many.
@@ -226,29 +253,36 @@ class Models:
             raise Overloaded(
                 f"all {self._most} models in memory are needed; come again later", code="models_full", retry_after_s=5
             )
-        self._held.pop(min(free)[1]).model.retire()
+        self._drop(min(free)[1])
 
     async def refresh(self) -> None:
         """Look where the aliases point, and put new versions in the place of old ones."""
-        for address, held in list(self._held.items()):
-            if not is_registered(address) or "@" not in address:
-                continue
-            try:
-                name = await self._in_thread(self._source.current, address)
-            except RegistryError as error:
-                logger.warning("%s stays what it is: %s", address, error)
-                continue
-            if name in (held.model.name, held.refused):
-                continue
-            try:
-                model = await self._in_thread(self._source.load, address)
-            except Exception:
-                held.refused = name
-                held.model.metrics.refused(address)
-                logger.exception("%s is refused, %s goes on serving %s", name, address, held.model.name)
-                continue
+        for address in filter(_is_alias, list(self._held)):
+            async with self._one_at_a_time:
+                if address in self._held:
+                    await self._refresh(address, self._held[address])
+
+    async def _refresh(self, address: str, held: _Held) -> None:
+        try:
+            name = await self._in_thread(self._source.current, address)
+        except RegistryError as error:
+            logger.warning("%s stays what it is: %s", address, error)
+            return
+        if name in (held.model.name, held.refused):
+            return
+        try:
+            model = await self._in_thread(self._source.load, address)
+        except (RegistryAway, MemoryError) as error:  # no fault of the version's: the next look may bring it
+            logger.warning("%s goes on serving %s: %s cannot be had now: %r", address, held.model.name, name, error)
+        except Exception:
+            held.refused = name
+            held.model.metrics.refused(address)
+            logger.exception("%s is refused, %s goes on serving %s", name, address, held.model.name)
+        else:
             old, held.model, held.refused = held.model, model, ""
             old.retire()
+            if self._held.get(address) is not held:  # dropped meanwhile
+                model.retire()
             logger.info("%s: %s takes the place of %s", address, model.name, old.name)
 
     async def keep_fresh(self, every_s: float) -> None:

@@ -182,7 +182,10 @@ class ModelCard(BaseModel):
     model_config = DOCUMENTED
 
     id: str
+    """What requests can call it for as long as it is served."""
     object: str = "model"
+    version: str
+    """What answers call it: of a model that follows an alias the name and version that it stands for now."""
     created: int
     owned_by: str = "yan"
     architecture: str
@@ -226,12 +229,13 @@ COMPLETION_ALLOWED = ALLOWED | {
 """What each field of a completion request may be, in words."""
 
 
-def card(model: ServedModel) -> ModelCard:
-    """What is told of a model."""
+def card(name: str, model: ServedModel) -> ModelCard:
+    """What is told of a model that requests call by a name."""
     generator = model.engine.generator
     config = generator.model.config
     return ModelCard(
-        id=model.name,
+        id=name,
+        version=model.name,
         created=model.created,
         architecture="yan" if isinstance(config, ModelConfig) else config.family,
         task=generator.task.name,

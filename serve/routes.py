@@ -12,6 +12,7 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -37,6 +38,7 @@ from serve.metrics import Metrics
 from serve.models import Models
 from serve.openai_api import Completion, CompletionRequest, ModelCard, ModelList
 from serve.page import add_page
+from serve.registry import SCHEME
 from serve.schemas import (
     AppArgs,
     GenerateRequest,
@@ -98,7 +100,10 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
         middleware.insert(0, cors)
     direct: dict[str, Route] = {}
     middleware += [Middleware(BodyLimit, args.max_body_bytes), Middleware(Direct, direct, on_error)]
-    api = FastAPI(title="YAN", description="Text in a fixed number of passes.", middleware=middleware)
+    # Not FastAPI's own page of the API: its scripts come from elsewhere, and the playground's key lies at this origin.
+    api = FastAPIOffline(
+        title="YAN", description="Text in a fixed number of passes.", redoc_url=None, middleware=middleware
+    )
     for kind, handler in HANDLERS.items():
         api.add_exception_handler(kind, handler)
     guarded = [Depends(HTTPBearer(auto_error=False))] if keys else []  # for the page; the gate is what asks for keys
@@ -209,7 +214,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     @api.get("/v1/models", tags=["OpenAI"], dependencies=guarded, responses=documented(401, 429))
     async def list_models() -> ModelList:
         """The models that answer here."""
-        return ModelList(data=[openai_api.card(model) for model in models.all.values()])
+        return ModelList(data=[openai_api.card(name, model) for name, model in models.all.items()])
 
     @api.get(
         "/v1/models/{name:path}",
@@ -219,19 +224,19 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     )
     async def show_model(name: str) -> ModelCard:
         """One of them."""
-        return openai_api.card(await models.get(name, args.request_timeout_s))
+        return openai_api.card(name.removeprefix(SCHEME), await models.get(name, args.request_timeout_s))
 
     @api.get("/healthz", tags=["Operation"])
     async def healthz() -> Status:
         """200 while the replica lives."""
-        return Status(status="alive", models=list(models.all))
+        return Status(status="alive", models=[model.name for model in models.all.values()])
 
     @api.get("/readyz", tags=["Operation"], responses=documented(503))
     async def readyz() -> Status:
         """200 once a generation worked on this replica, and while generations go on working."""
         if not models.ready:
             raise Overloaded("the latest batches all failed", code="not_ready", retry_after_s=1)
-        return Status(status="ready", models=list(models.all))
+        return Status(status="ready", models=[model.name for model in models.all.values()])
 
     @api.get(
         "/metrics",

@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 from serve.batching import Batcher, Result, Ticket
 from serve.engine import Engine, Job, Settings
@@ -79,12 +80,25 @@ class Answer:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Pools:
+    """What the models of a replica share.
+
+    Attributes:
+        draws: The one thread that draws.
+        texts: Threads for tokenizer and decoder where a text is long: the event loop is left to HTTP.
+        queues: Of all models, which wait for that one thread.
+    """
+
+    draws: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "draw"))
+    texts: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "text"))
+    queues: WeakSet[Batcher] = field(default_factory=lambda: WeakSet[Batcher]())
+
+
 class ServedModel:
     """An engine, its queue and its tokenizer's threads."""
 
-    def __init__(
-        self, name: str, engine: Engine, metrics: Metrics, max_queued: int, draws: Executor, texts: Executor
-    ) -> None:
+    def __init__(self, name: str, engine: Engine, metrics: Metrics, max_queued: int, pools: Pools) -> None:
         """Join them.
 
         Args:
@@ -92,18 +106,18 @@ class ServedModel:
             engine: Loaded.
             metrics: Where its work is counted.
             max_queued: Most sources that wait.
-            draws: The one thread that draws.
-            texts: Threads for tokenizer and decoder where a text is long: the event loop is left to HTTP.
+            pools: The replica's.
         """
-        self.name, self.engine, self.metrics, self._texts = name, engine, metrics, texts
+        self.name, self.engine, self.metrics, self._texts = name, engine, metrics, pools.texts
         self.created = int(time.time())
         self.batcher = Batcher(
             engine.draw,
-            draws,
+            pools.draws,
             max_batch_size=engine.max_batch_size,
             max_batch_tokens=engine.max_batch_tokens,
             max_queued=max_queued,
             observe=lambda jobs, seconds: metrics.batch(name, jobs, seconds),
+            beside=pools.queues,
         )
         metrics.watch_queue(name, lambda: self.batcher.queued)
 
@@ -203,6 +217,7 @@ class Asked:
         self, loop: asyncio.AbstractEventLoop, steps: list[tuple[int, list[Candidate]]]
     ) -> Callable[[int, list[Candidate]], None]:
         def on_step(step: int, candidates: list[Candidate]) -> None:
+            del steps[step - 1 :]  # there where a batch failed and its jobs are drawn once more, one by one
             steps.append((step, candidates))
             loop.call_soon_threadsafe(self._news.put_nowait, (step, candidates))
 
@@ -244,16 +259,15 @@ class Asked:
         """The first candidate of a lone source after each solver step, as soon as it is done; then the answer."""
         answer = asyncio.ensure_future(self.answers())
         answer.add_done_callback(lambda _: self._news.put_nowait(None))
+        told = 0
         try:
             while (news := await self._news.get()) is not None:
                 step, candidates = news
+                if step <= told:
+                    continue
+                told = step
                 (text,) = await self._model.read(candidates[:1], self._with_pieces)
                 yield Step(step, text)
             yield (await answer)[0]
         finally:
             answer.cancel()
-
-
-def pools() -> tuple[Executor, Executor]:
-    """The threads of a replica: the one that draws, and those that turn text into tokens and back."""
-    return ThreadPoolExecutor(1, "draw"), ThreadPoolExecutor(2, "text")

@@ -20,7 +20,14 @@ from yan_core.tokenization import Tokenizer
 Row = Sequence[int] | np.ndarray[Any, Any]
 """Token ids of one row."""
 
+SOURCE_BUCKET = 16
+"""Tokens of the shortest length that sources are padded to where shapes are to be few."""
 PAD, EOS, MASK = Tokenizer.pad_id, Tokenizer.eos_id, Tokenizer.mask_id
+
+
+def length_bucket(length: int) -> int:
+    """Length that a source of so many tokens is padded to where shapes are to be few: a power of two, at least 16."""
+    return max(SOURCE_BUCKET, 2 ** (max(1, length) - 1).bit_length())
 
 
 @dataclass(frozen=True)

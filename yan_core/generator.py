@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yan_core.baselines import Baseline, beyond_baselines
-from yan_core.batching import pad_rows
+from yan_core.batching import SOURCE_BUCKET, length_bucket, pad_rows
 from yan_core.config import NUM_STEPS, SamplingConfig
 from yan_core.graphs import GraphCache
 from yan_core.model import YanModel
@@ -20,9 +20,6 @@ from yan_core.sampler import OnStep, sample
 from yan_core.solver import trunk_passes
 from yan_core.tasks import get_task
 from yan_core.tokenization import Encoding, Tokenizer
-
-SOURCE_BUCKET = 16
-"""Where shapes must be few, sources are padded to a multiple of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,10 @@ class TextGenerator:
             if deterministic:
                 device = torch.device("cpu")  # of the draws
             if deterministic or graphs is not None:
-                padded = min(-(-padded // SOURCE_BUCKET) * SOURCE_BUCKET, self.model.config.max_positions)
+                most = longest if deterministic else max(longest, self.max_source_tokens)
+                padded = -(-max(1, most) // SOURCE_BUCKET) * SOURCE_BUCKET
+                padded = padded if deterministic else min(length_bucket(longest), padded)
+                padded = min(padded, self.model.config.max_positions)
             ids, mask = pad_rows([encodings[i].ids for i in chosen], Tokenizer.pad_id, padded)
             keys = torch.tensor([seeds[i] for i in chosen])
             if graphs is None:

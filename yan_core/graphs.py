@@ -35,7 +35,8 @@ def captured(function: Function, examples: tuple[Tensor, ...]) -> Function:
             function(*held)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
+    # What other threads do meanwhile, such as to draw with the version before, neither fails nor goes into it.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
         out = function(*held)
 
     def replay(*values: Tensor) -> Tensor:
@@ -50,8 +51,8 @@ def captured(function: Function, examples: tuple[Tensor, ...]) -> Function:
 class GraphCache:
     """Captured functions by key, the least recently used ones dropped."""
 
-    def __init__(self, capacity: int = 32) -> None:
-        """Keep at most `capacity` graphs; each holds its memory on the device."""
+    def __init__(self, capacity: int = 64) -> None:
+        """Keep at most `capacity` graphs; each holds its memory on the device. A server's usual shapes are about 36."""
         self.capacity = capacity
         self._kept: OrderedDict[Hashable, Function] = OrderedDict()
 

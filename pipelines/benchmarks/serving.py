@@ -6,10 +6,11 @@
 An untrained model of a shipped size answers made-up questions of mixed lengths through `yan serve`, as users start it.
 Measured in the same run: the bare sampler in a process of its own, with as many threads as a replica has and with all;
 a Serve deployment that does nothing, without and with pauses as long as an answer takes the sampler, after which every
-cache on the way is cold; an autoregressive model of the same size behind the same server. The sampler with
-one thread has its turns between those of the server, since a machine's speed drifts. Capacity is what 32 clients in a
-closed loop get; loads are open loops of Poisson arrivals at multiples of it, and a request's latency counts from when
-it was due. This process sends the requests and shares the cores with the server.
+cache on the way is cold; an autoregressive model of the same size behind the same server. The sampler with one thread,
+without pauses and with those that a replica has between two requests of a lone client, has its turns between those of
+the server, since a machine's speed drifts. Capacity is what 32 clients in a closed loop get; loads are open loops of
+Poisson arrivals at multiples of it, and a request's latency counts from when it was due. This process sends the
+requests and shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 OVERHEAD_MS, SHARE, P99_RATIO, RECOVERY_S = 2.5, 0.8, 3.0, 10.0
 """What is promised: HTTP's cost for a lone client, throughput against the bare sampler's, and overload."""
+PAUSE_S = 0.004
+"""About as long as a replica waits between two requests of a lone client."""
 TURNS = 4
 """How often the bare sampler and the server have their turns."""
 CLIENTS = 32
@@ -70,13 +73,14 @@ class Bare:
         os.environ["RAYON_NUM_THREADS"] = str(threads)
         self.generator, self.num_steps = yan_core.load(model), num_steps
 
-    def seconds(self, size: int, at_least_s: float) -> list[float]:
-        """Of each of some batches, the first apart."""
+    def seconds(self, size: int, at_least_s: float, pause_s: float = 0.0) -> list[float]:
+        """Of each of some batches, the first apart, with a pause before each."""
         prompts = sources() if size == 1 else sorted(sources(), key=len)  # as the server does: about as long together
         batches = [prompts[i : i + size] for i in range(0, ROWS - size + 1, size)]
         self.generator.generate(batches[0], self.num_steps)
         times: list[float] = []
         while sum(times) < at_least_s:
+            time.sleep(pause_s)
             begun = time.perf_counter()
             self.generator.generate(batches[len(times) * 7 % len(batches)], self.num_steps)
             times.append(time.perf_counter() - begun)
@@ -100,30 +104,32 @@ def _start_bare(*arguments: Any) -> None:
     _bare = Bare(*arguments)
 
 
-def _bare_seconds(size: int, at_least_s: float) -> list[float]:
-    return _bare.seconds(size, at_least_s)
+def _bare_seconds(size: int, at_least_s: float, pause_s: float = 0.0) -> list[float]:
+    return _bare.seconds(size, at_least_s, pause_s)
 
 
 def in_turns(
     chosen: argparse.Namespace, model: Path, url: str, body: Body, clients: int
-) -> tuple[dict[str, float], Load, Load]:
-    """The bare sampler with one thread, a lone client, and many: each has its turn some times over.
+) -> tuple[dict[str, float], float, Load, Load]:
+    """The bare sampler with one thread, its p50 in ms with pauses, a lone client, and many: in turns, some times over.
 
     A machine's speed drifts by more than is looked for, and a server that nobody asks takes no time from the sampler.
     """
     sizes, part_s = (1, chosen.max_batch_size), chosen.seconds / TURNS
     times: dict[int, list[float]] = {size: [] for size in sizes}
+    paused: list[float] = []
     loads: dict[int, list[Load]] = {1: [], clients: []}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, _start_bare, (model, chosen.num_steps, 1)) as pool:
         for _ in range(TURNS):
+            paused += pool.submit(_bare_seconds, 1, part_s / 2, PAUSE_S).result()
             for size, count in zip(sizes, loads, strict=True):
                 times[size] += pool.submit(_bare_seconds, size, part_s / 2).result()
                 loads[count].append(closed_loop(url, body, count, part_s))
     alone, saturated = (
         Load([s for of in turns for s in of.samples], sum(of.seconds for of in turns)) for turns in loads.values()
     )
-    return figures(times), alone, saturated
+    return figures(times), figures({1: paused})["p50_ms"], alone, saturated
 
 
 def make_ar_model(folder: Path, size: str, target_tokens: int) -> None:
@@ -282,10 +288,11 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         closed_loop(yan.url, body, 1, 2)
         report["cold_start_s"] = yan.cold_start_s
         clients = min(CLIENTS, chosen.max_queued_requests + chosen.max_batch_size)
-        same, alone, saturated = in_turns(chosen, model, yan.url, body, clients)
+        same, paused_ms, alone, saturated = in_turns(chosen, model, yan.url, body, clients)
         report["bare"]["1"] = report["bare"].get("1", {}) | same
+        report["bare_with_pauses_p50_ms"] = paused_ms
         report["alone"], report["saturated"] = alone.summary(), saturated.summary() | {"clients": clients}
-        print("bare sampler:", report["bare"], flush=True)
+        print("bare sampler:", report["bare"], f"with pauses {paused_ms:.1f} ms", flush=True)
         capacity = report["saturated"]["answers_per_s"]
         print(f"yan serve: p50 {report['alone']['p50_ms']:.1f} ms alone, {capacity:.0f} answers/s", flush=True)
         report["overload"] = overload(yan.url, body, capacity, 2.0, chosen.seconds, chosen.overload_s)

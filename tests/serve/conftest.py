@@ -15,7 +15,7 @@ from serve.metrics import Metrics
 from serve.models import Models, Source
 from serve.routes import create_api
 from serve.schemas import AppArgs
-from serve.served_model import ServedModel, pools
+from serve.served_model import Pools, ServedModel
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import BaselineConfig, ModelConfig, TokenizerConfig
 from yan_core.model import build_model
@@ -101,10 +101,10 @@ def start(model_folder: Path) -> Iterator[Start]:
             limits = ("max_batch_size", "max_batch_tokens", "max_source_chars")
             engine = engine_of(folder, **{name: getattr(args, name) for name in limits})
             engine.warm_up(args.num_steps)
-            draws, texts = pools()
-            stack.callback(draws.shutdown)
-            stack.callback(texts.shutdown)
-            models = models_of([ServedModel("tiny", engine, metrics, args.max_queued_requests, draws, texts)])
+            pools = Pools()
+            stack.callback(pools.draws.shutdown)
+            stack.callback(pools.texts.shutdown)
+            models = models_of([ServedModel("tiny", engine, metrics, args.max_queued_requests, pools)])
             api = create_api(models, metrics, args, keys or {})
             api.add_middleware(GivesIds)
             api.state.engine, api.state.models = engine, models

@@ -54,6 +54,11 @@ def test_serves_own_deadline_is_the_longer_one():
         refuse_short_deadline(30.0, 30.0)
 
 
+def test_a_replica_that_is_to_go_has_the_time_of_any_request_and_of_what_still_reaches_it(model_folder):
+    config = build_app(AppArgs(model=str(model_folder), request_timeout_s=90))._bound_deployment._deployment_config
+    assert config.graceful_shutdown_timeout_s > 90 + 30
+
+
 def test_models_of_the_registry_have_room_beside_those_that_stay():
     with pytest.raises(ValidationError, match="max_models must be >= 4 with any_registered"):
         AppArgs(model="a", more_models=("b", "c"), any_registered=True, max_models=3)

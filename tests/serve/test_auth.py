@@ -57,7 +57,8 @@ def test_keys_where_they_were_once_read_are_refused_and_not_left_out(monkeypatch
     assert load_keys(str(tmp_path / "keys")) == {"ann": KEYS["ann"]}
 
 
-def test_a_change_of_the_file_is_taken_up_and_a_broken_file_is_not(tmp_path, caplog):
+def test_a_change_of_the_file_is_taken_up_and_a_broken_file_is_not(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("serve.auth.SETTLED_S", 0.01)
     file = tmp_path / "keys"
     line = {name: f"{name} {hashed}\n" for name, hashed in KEYS.items()}
 
@@ -80,6 +81,30 @@ def test_a_change_of_the_file_is_taken_up_and_a_broken_file_is_not(tmp_path, cap
     assert asyncio.run(rotate()) == [KEYS, bob, bob, bob, bob, ann]
     told = [record.message for record in caplog.records if "stay as they were" in record.message]
     assert len(told) == 3 and "secret-b" not in "".join(told)  # once for each, not at every look
+
+
+def test_a_file_that_is_half_written_takes_nobodys_key_away(tmp_path, monkeypatch):
+    """As `scp` writes it, a part that ends with a line among its states."""
+    file, whole = tmp_path / "keys", "".join(f"{name} {digest}\n" for name, digest in KEYS.items())
+    file.write_text(whole)
+    keys, states = load_keys(str(file)), [whole[: whole.index("bob")], whole, whole]
+    seen: list[dict[str, str]] = []
+
+    def read(named: str) -> dict[str, str]:
+        seen.append(dict(keys))
+        file.write_text(states.pop(0) if states else whole)
+        return load_keys(named)
+
+    async def look() -> None:
+        task = asyncio.create_task(keep_keys(keys, str(file), 0.001))
+        while len(seen) < 6:
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    monkeypatch.setattr("serve.auth.load_keys", read)
+    monkeypatch.setattr("serve.auth.SETTLED_S", 0.001)
+    asyncio.run(look())
+    assert seen == [KEYS] * len(seen)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 
@@ -210,6 +211,49 @@ def test_a_full_queue_refuses_at_once_and_takes_a_request_as_a_whole_or_not(samp
         sampler.free.set()
         await kept.results()
         await last.results()
+
+    asyncio.run(run())
+
+
+def test_the_wait_for_other_models_that_share_the_thread_counts(sampler):
+    async def run():
+        beside, executor = WeakSet[Batcher](), ThreadPoolExecutor(1)
+        queue, other = (
+            Batcher(sampler.draw, executor, max_batch_size=4, max_batch_tokens=1000, max_queued=8, beside=beside)
+            for _ in range(2)
+        )
+        for each in (queue, other):
+            each._learn(1000 / 3)  # a batch takes a thousand seconds
+        tickets = [await busy(other, sampler)]
+        assert queue.expected_wait_s == pytest.approx(1000, abs=30)
+        with pytest.raises(Overloaded, match="longer than this request can wait"):
+            queue.submit([job()], 1500)
+        tickets += [other.submit([job()], 10_000) for _ in range(8)]
+        await until(lambda: other.queued == 8 and len(other._drawing) == 2)
+        # One that is drawn and a full one behind it; of one more only where there is one of ours to take turns with.
+        assert queue.expected_wait_s == pytest.approx(2000, abs=30)
+        tickets.append(queue.submit([job()], 10_000))
+        assert queue.expected_wait_s == pytest.approx(4000, abs=30)
+        sampler.free.set()
+        for ticket in tickets:
+            await ticket.results()
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_would_be_begun_in_time_and_not_done_is_refused(sampler):
+    async def run():
+        queue, long = batcher(sampler), job(settings=replace(PLAIN, num_steps=64))
+        queue._learn(100)
+        first = await busy(queue, sampler)
+        with pytest.raises(Overloaded, match="longer than this request can wait") as told:
+            queue.submit([long], 3000)
+        assert told.value.code == "queue_full"
+        second = queue.submit([job()], 3000)
+        sampler.free.set()
+        await first.results()
+        await second.results()
+        await queue.submit([long], 3000).results()  # a model that is free tries
 
     asyncio.run(run())
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import yan_core
 from serve.engine import FAILURES_ALLOWED, Cancelled, Engine, Job, Settings
 from serve.errors import FieldError
 from tests.serve.conftest import TINY, engine_of, save_tiny
@@ -110,6 +111,23 @@ def test_a_batch_that_nobody_waits_for_stops_at_its_next_step(engine, monkeypatc
     assert [type(answer) for answer in engine.draw(jobs)] == [Cancelled, Cancelled]
     assert passes == 2
     assert engine.ready
+
+
+def test_by_graphs_every_usual_shape_is_known_before_the_first_request(model_folder):
+    engine = engine_of(model_folder, max_batch_size=6)
+    engine.generator = yan_core.load(model_folder, use_graphs=True)
+    graphs = engine.generator.graphs
+    assert graphs is not None
+    engine.warm_up(3)
+    known = len(graphs)
+    assert known == 4 * 2  # 1, 2, 4 or 8 rows of 16 or 32 tokens, of which the model reads as many
+    usual = Settings(num_steps=3, max_tokens=engine.generator.max_target_tokens)
+    for size in range(1, 7):
+        for length in (1, 16, 17, 32):
+            engine.draw([Job(Encoding([5] * length, 0), 0, usual)] * size)
+    assert len(graphs) == known <= graphs.capacity
+    engine.draw([Job(Encoding([5], 0), 0, replace(usual, num_steps=4))])
+    assert len(graphs) == known + 1
 
 
 def test_a_failing_job_spares_its_neighbours(engine, monkeypatch):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from ray.serve._private import haproxy_templates
+from ray.serve._private.constants import RAY_SERVE_HAPROXY_TUNE_BUFSIZE
 
 from serve import ingress
+from serve.schemas import AppArgs
 from tests.clusters.conftest import free_port
 
 CHOSEN = "import os, sys; {}import serve; from serve.ingress import described; print(os.environ.get('{}'), described())"
@@ -110,7 +112,7 @@ def test_connections_to_a_node_without_power_end(tmp_path: Path):
     ]
 
 
-def replica(silent: float) -> int:
+def replica(silent: float, seen: list[bytes] | None = None) -> int:
     """Port of a server that reads requests, closes so many like one that is killed then, and answers the others."""
     listening = socket.create_server(("127.0.0.1", 0))
 
@@ -121,6 +123,8 @@ def replica(silent: float) -> int:
                 read = b""
                 while b"hello" not in read and (more := connection.recv(4096)):
                     read += more
+                if seen is not None:
+                    seen.append(read)
                 if asked >= silent:
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
 
@@ -128,23 +132,24 @@ def replica(silent: float) -> int:
     return listening.getsockname()[1]
 
 
-def answers_of(count: int, tmp_path: Path, **servers: int) -> list[bytes]:
+def answers_of(count: int, tmp_path: Path, head: bytes = b"", body: bytes = b"hello", **servers: int) -> list[bytes]:
     """The answers to so many requests to HAProxy, with Ray's error page, in front of the servers, by name and port."""
     port = free_port()
     config, page = tmp_path / "haproxy.cfg", tmp_path / "500.http"
     page.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
     config.write_text(
+        f"global\n    tune.bufsize {RAY_SERVE_HAPROXY_TUNE_BUFSIZE}\n"
         f"defaults\n    mode http\n    timeout connect 5s\n    timeout client 20s\n    timeout server 20s\n"
         f"    option redispatch 1\n    retry-on {ingress.RETRIED}\n"
         f"    errorfile 502 {page}\n    errorfile 503 {page}\n    errorfile 504 {page}\n"
-        f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend both\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend both\n"
         f"backend both\n    balance roundrobin\n"
         + "".join(f"    server {name} 127.0.0.1:{at}\n" for name, at in servers.items())
     )
     environment = os.environ | {"YAN_HAPROXY": str(ingress.haproxy())}
     running = subprocess.Popen([ingress.SCRIPT, "-db", "-f", config], env=environment, stderr=subprocess.DEVNULL)
     try:
-        return [asked_in_two_parts(port) for _ in range(count)]
+        return [asked_in_two_parts(port, head, body) for _ in range(count)]
     finally:
         running.kill()
         running.wait()
@@ -154,6 +159,42 @@ def test_request_whose_body_comes_after_its_headers_is_given_to_another_replica(
     """As Python's http.client sends them: HAProxy can repeat what it had as a whole before it passed on a part."""
     answers = answers_of(4, tmp_path, gone=replica(math.inf), there=replica(0))
     assert [answer.partition(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 200 OK"] * 4
+
+
+def test_longest_source_as_json_can_write_it_is_given_to_another_replica(tmp_path: Path):
+    most = AppArgs(model="m").max_source_chars
+    body = json.dumps({"source": "\u0416" * most}).encode() + b"hello"
+    assert len(body) > 6 * most
+    answers = answers_of(4, tmp_path, body=body, gone=replica(math.inf), there=replica(0))
+    assert [answer.partition(b"\r\n")[0] for answer in answers] == [b"HTTP/1.1 200 OK"] * 4
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (b"X-Request-Id: my-1", True),
+        (b"X-Request-Id: \xff", False),
+        (b"X-Request-Id: " + b"a" * 300, False),
+        (b"X-Request-Timeout-Seconds: 0.01", False),
+        (b"X-Request-Disconnect-Disabled: ?1", False),
+        (b"X-Session-Id: \xff", False),
+        (b"Serve_Multiplexed_Model_Id: \xff", False),
+        (b"Traceparent: \xff", True),
+    ],
+)
+def test_headers_that_rays_replica_would_fail_or_act_at_do_not_reach_it(sent, kept, tmp_path: Path):
+    seen: list[bytes] = []
+    (answer,) = answers_of(1, tmp_path, sent + b"\r\n", only=replica(0, seen))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    name, _, value = sent.partition(b": ")
+    assert (b"%s: %s\r\n" % (name.lower(), value) in seen[0]) == kept
+    assert kept or name.lower() not in seen[0].lower()
+
+
+def test_rays_settings_have_what_the_script_changes():
+    template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
+    assert RAY_SERVE_HAPROXY_TUNE_BUFSIZE == 16384 and "    tune.bufsize {{ config.bufsize }}\n" in template
+    assert "\nfrontend http_frontend\n    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n" in template
 
 
 def test_request_is_answered_though_more_connections_than_haproxy_has_tries_end_before_an_answer(tmp_path: Path):
@@ -175,7 +216,7 @@ def test_what_haproxy_answers_itself_is_read_as_the_servers_errors_are(only, sta
     assert b"content-type: application/json" in head and (b"retry-after: 1" in head) == comes_again
 
 
-def asked_in_two_parts(port: int) -> bytes:
+def asked_in_two_parts(port: int, head: bytes, body: bytes) -> bytes:
     """The answer to a request whose body comes some time after its headers."""
     until = time.monotonic() + 20
     while True:
@@ -186,7 +227,8 @@ def asked_in_two_parts(port: int) -> bytes:
             assert time.monotonic() < until, "HAProxy does not listen"
             time.sleep(0.05)
     with client:
-        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nConnection: close\r\n\r\n")
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(body))
+        client.sendall(head + b"Connection: close\r\n\r\n")
         time.sleep(0.05)
-        client.sendall(b"hello")
+        client.sendall(body)
         return b"".join(iter(lambda: client.recv(4096), b""))

@@ -1,7 +1,9 @@
 """The models of a replica: loaded when asked for, replaced when their alias moves, dropped when there are too many."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ class Shelf:
         self.aliases = {f"models:/{name.replace('__', '@')}": version for name, version in aliases.items()}
         self.broken: set[str] = set()
         self.away = False
+        self.fault: Exception | None = None
         self.loads: list[str] = []
         self.free = threading.Event()
         self.free.set()
@@ -40,6 +43,8 @@ class Shelf:
         name = self.current(address)
         self.loads.append(name)
         assert self.free.wait(10)
+        if self.fault:
+            raise self.fault
         if name in self.broken:
             raise RuntimeError("cannot generate")
         return model(name, self.metrics)
@@ -67,7 +72,7 @@ def test_a_name_may_be_that_of_answers_or_the_address():
         found = [await models.get(n, 30) for n in (None, "story/3", CHAMPION, "story@champion")]
         assert [m.name for m in found] == ["story/3"] * 4
         assert (await models.get("world", 30)).name == "world"
-        with pytest.raises(NotFound, match="no model 'story/2'; there is story/3, world"):
+        with pytest.raises(NotFound, match="no model 'story/2'; there is story@champion, world"):
             await models.get("story/2", 30)
 
     asyncio.run(run())
@@ -150,10 +155,10 @@ def test_the_one_that_was_not_asked_for_the_longest_goes():
         await models.get("b@x", 30)
         await models.get("a@x", 30)
         await models.get("c@x", 30)
-        assert sorted(names(models)) == ["a/1", "c/1", "world"]
+        assert sorted(names(models)) == ["a@x", "c@x", "world"]
         a.batcher.busy = True
         await models.get("d@x", 30)
-        assert sorted(names(models)) == ["a/1", "d/1", "world"]
+        assert sorted(names(models)) == ["a@x", "d@x", "world"]
         (await models.get("d@x", 30)).batcher.busy = True
         with pytest.raises(Overloaded, match="all 3 models in memory are needed"):
             await models.get("c@x", 30)
@@ -169,7 +174,7 @@ def test_a_name_that_is_not_there_costs_no_model_its_place():
             await models.get("typo@x", 30)
         return list(models.all)
 
-    assert asyncio.run(ask()) == ["a/1", "b/1"]
+    assert asyncio.run(ask()) == ["a@x", "b@x"]
 
 
 def test_an_alias_that_moves_brings_the_new_version_and_ends_the_old_one():
@@ -219,6 +224,100 @@ def test_a_bad_version_is_refused_once_and_counted():
         shelf.aliases[CHAMPION] = "story/5"
         await models.refresh()
         assert models.first.name == "story/5"
+
+    asyncio.run(run())
+
+
+def test_a_version_that_cannot_be_fetched_now_is_taken_at_a_later_look():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        models = models_of({CHAMPION: shelf.load(CHAMPION)}, shelf)
+        shelf.aliases[CHAMPION] = "story/4"
+        for fault in (RegistryAway("its files cannot be fetched"), MemoryError()):
+            shelf.fault = fault
+            await models.refresh()
+            assert models.first.name == "story/3"
+        shelf.fault = None
+        await models.refresh()
+        assert models.first.name == "story/4"
+        assert b"versions_refused_total{" not in shelf.metrics.text()
+
+    asyncio.run(run())
+
+
+def test_names_that_clients_are_told_outlive_the_version():
+    async def run() -> None:
+        shelf = Shelf(story__champion="story/3")
+        models = models_of({CHAMPION: shelf.load(CHAMPION), "/runs/world/model": model("world")}, shelf)
+        before = list(models.all)
+        shelf.aliases[CHAMPION] = "story/4"
+        await models.refresh()
+        assert [(await models.get(name, 30)).name for name in before] == ["story/4", "world"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["a/1\ud800", "a/1\nforged line", "a" * 257 + "/1", "a/1\x00"])
+def test_a_name_that_no_model_has_does_not_reach_registry_or_log(name, caplog):
+    shelf = Shelf()
+    shelf.current = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(NotFound) as told:
+        asyncio.run(models_of([model("world")], shelf, any_registered=True).get(name, 30))
+    assert told.value.message.isprintable() and len(told.value.message) < 400 and not caplog.records
+
+
+def test_an_error_that_is_told_again_keeps_no_request_in_memory():
+    class Body:
+        """What a request sent."""
+
+    async def ask(models: Models) -> weakref.ref[Body]:
+        body = Body()
+        with pytest.raises(NotFound):
+            await models.get("typo@x", 30)
+        return weakref.ref(body)
+
+    async def run() -> None:
+        models = models_of([model("world")], Shelf(), any_registered=True)
+        kept = [await ask(models) for _ in range(3)]
+        await asyncio.sleep(0.01)  # the loop holds what it called last
+        gc.collect()
+        assert [ref() for ref in kept] == [None] * 3
+
+    asyncio.run(run())
+
+
+def test_a_model_that_goes_while_its_new_version_is_loaded_leaves_none_behind():
+    async def run() -> None:
+        shelf = Shelf(a__x="a/1", b__x="b/1")
+        models = models_of([model("world")], shelf, any_registered=True, most=2)
+        old = await models.get("a@x", 30)
+        made: list[Any] = []
+        load = shelf.load
+        shelf.load = lambda address: made.append(load(address)) or made[-1]  # type: ignore[method-assign, func-returns-value]
+        shelf.aliases["models:/a@x"] = "a/2"
+        shelf.free.clear()
+        refreshing = asyncio.create_task(models.refresh())
+        while len(shelf.loads) < 2:
+            await asyncio.sleep(0.001)
+        old.engine.ready = False
+        asking = asyncio.create_task(models.get("a@x", 30))  # drops the old one, which does not work any more
+        await asyncio.sleep(0.01)
+        shelf.free.set()
+        await refreshing
+        assert (await asking) is made[-1] and not made[-1].retired
+        assert [found.retired for found in (old, *made)] == [True] * len(made) + [False]
+
+    asyncio.run(run())
+
+
+def test_a_model_that_was_loaded_when_asked_for_and_breaks_is_loaded_anew():
+    async def run() -> None:
+        shelf = Shelf(a__x="a/1")
+        models = models_of([model("world")], shelf, any_registered=True)
+        broken = await models.get("a@x", 30)
+        broken.engine.ready = False
+        assert (await models.get("a@x", 30)) is not broken
+        assert broken.retired
 
     asyncio.run(run())
 

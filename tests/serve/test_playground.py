@@ -20,7 +20,7 @@ from serve.metrics import Metrics
 from serve.page import FILES, FOLDER
 from serve.routes import create_api
 from serve.schemas import AppArgs
-from serve.served_model import ServedModel, pools
+from serve.served_model import Pools, ServedModel
 from tests.serve.conftest import engine_of, models_of, save_tiny
 from yan_core.config import BaselineConfig
 
@@ -90,11 +90,11 @@ def needs_chromium() -> None:
 @contextmanager
 def serving(folders: Mapping[str, Path], keys: Mapping[str, str]) -> Iterator[str]:
     """The API over models at a free port of this machine; gives its address."""
-    args, metrics, (draws, texts) = AppArgs(model="m"), Metrics("one"), pools()
+    args, metrics, pools = AppArgs(model="m"), Metrics("one"), Pools()
     engines = {name: engine_of(folder) for name, folder in folders.items()}
     for engine in engines.values():
         engine.warm_up(args.num_steps)
-    models = models_of([ServedModel(name, engine, metrics, 8, draws, texts) for name, engine in engines.items()])
+    models = models_of([ServedModel(name, engine, metrics, 8, pools) for name, engine in engines.items()])
     server = uvicorn.Server(uvicorn.Config(create_api(models, metrics, args, keys), log_level="warning"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -109,8 +109,8 @@ def serving(folders: Mapping[str, Path], keys: Mapping[str, str]) -> Iterator[st
         finally:
             server.should_exit = True
             thread.join(WAIT_S)
-            draws.shutdown()
-            texts.shutdown()
+            pools.draws.shutdown()
+            pools.texts.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -198,8 +198,8 @@ def metrics(server: Server) -> str:
         return answer.read().decode()
 
 
-def test_a_client_that_leaves_is_seen_and_its_work_ends(server):
-    """The request would take as long as its 64 steps with all candidates; what is logged is when it was given up."""
+def test_a_client_that_leaves_is_seen(server):
+    """That its work ends then is shown in test_routes.py. The request would take its 64 steps with all candidates."""
     body = json.dumps({"source": QUESTION, "num_steps": 64, "max_tokens": 64, "num_candidates": 32}).encode()
     head = f"POST /v1/generate HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {KEY}\r\nX-Request-ID: leaver\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -274,6 +274,29 @@ def test_health_is_answered_while_generating(server):
 def test_a_refusal_goes_through_serve_as_it_is(server, path, method, body, status, param):
     found, answer = server.ask(path, body, method)
     assert (found, answer["error"]["param"]) == (status, param)
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status", "code"),
+    [
+        ("X-Request-Id: \xff\xfe", b'{"source": "Where is Mary?"}', 200, None),
+        ("X-Request-Timeout-Seconds: 0.00001", b'{"source": "Where is Mary?"}', 200, None),
+        ("Serve_Multiplexed_Model_Id: \xff", b'{"source": "Where is Mary?"}', 200, None),
+        (f"Content-Length: {200 * 2**20}", b"{", 413, "body_too_large"),
+        ("Content-Length: -1", b"{", 400, "bad_request"),
+        ("Nonsense", b"{}", 400, "bad_request"),
+    ],
+    ids=["id", "deadline", "model", "200 MB", "length", "no header"],
+)
+def test_what_no_client_library_sends_has_an_answer_of_ours(server, head, body, status, code):
+    known = f"Host: here\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    length = "" if "Content-Length" in head else f"Content-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"POST /v1/generate HTTP/1.1\r\n{known}{length}{head}\r\n\r\n".encode("latin1") + body)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head_of_answer, _, told = answer.partition(b"\r\n\r\n")
+    assert head_of_answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
+    assert json.loads(told).get("error", {}).get("code") == code, answer
 
 
 def test_keys_are_rotated_while_it_serves(server):

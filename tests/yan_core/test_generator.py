@@ -197,7 +197,7 @@ def test_candidates_guidance_and_solver_reach_the_sampler() -> None:
     ids=["usual", "guided candidates"],
 )
 def test_few_shapes_give_the_same_answers(count: int, sampling: SamplingConfig) -> None:
-    """Batches of a power of two and sources of a multiple of 16 tokens, as CUDA graphs want them."""
+    """Batches and sources of a power of two, as CUDA graphs want them."""
     bucketed = TextGenerator(GENERATOR.model, TOKENIZER, GENERATOR.details, use_graphs=True)
     seen: list[tuple[int, ...]] = []
     assert bucketed.graphs is not None
