@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipelines.folders import flat
 from yan_core.config import DatasetConfig, RunConfig, UnknownName, from_dict, to_dict, unknown_name
 
 MAKES_A_RUN = ("prepare", "train", "run", "submit")
@@ -33,13 +34,6 @@ def config_parser(command: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with what differs from the defaults")
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
-
-
-def dotted_keys(values: Any, where: str = "") -> list[str]:
-    """All dotted keys of nested settings."""
-    if not isinstance(values, dict):
-        return [where]
-    return [k for name, value in values.items() for k in dotted_keys(value, f"{where}.{name}" if where else name)]
 
 
 def parse_config(command: str, args: Sequence[str]) -> RunConfig:
@@ -118,7 +112,7 @@ def _in_our_words(message: str) -> str:
     if of_a_data_set:  # which one jsonargparse does not tell
         names = sorted(field.name for field in dataclasses.fields(DatasetConfig))
         return unknown_name(f"data.datasets.*.{of_a_data_set[1]}", of_a_data_set[1], names)
-    known = dotted_keys(to_dict(RunConfig()))
+    known = list(flat(to_dict(RunConfig())))
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if in_group:
         names = [f"{in_group[1]}.{in_group[2]}"]

@@ -10,7 +10,7 @@ from pipelines.evaluation import Quality
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
-from yan_core.card import PIPELINE_TAGS, Evidence
+from yan_core.card import Evidence
 from yan_core.config import RunConfig, to_dict
 from yan_core.files import code_commit
 from yan_core.metrics import scale
@@ -97,7 +97,7 @@ def _result(config: RunConfig, quality: Sequence[Quality]) -> dict[str, Any]:
     """The main metric at each number of steps, as the hub's `model-index` lists figures."""
     name, metric = config.data.dataset, quality[0].metric
     return {
-        "task": {"type": PIPELINE_TAGS[config.data.task], "name": config.data.task},
+        "task": {"type": get_task(config.data.task).pipeline_tag, "name": config.data.task},
         "dataset": {"type": _hub_name(config, name) or name, "name": name, "split": "validation"},
         "metrics": [
             {"type": metric, "value": round(q.value, 4), "name": f"{metric} at num_steps={q.num_steps}"}

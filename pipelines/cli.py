@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipelines.arguments import UsageError, parse_config
-from yan_core.config import NUM_STEPS, Method, Ranking, RunConfig, SamplingConfig, to_dict
+from yan_core.config import NUM_STEPS, Method, Ranking, SamplingConfig, to_dict
 from yan_core.files import code_description, write_file
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -46,12 +46,13 @@ def _train(args: list[str]) -> int:
 
 def _run(args: list[str]) -> int:
     config = parse_config("run", args)
+    from pipelines.folders import where_to_look
     from pipelines.run import run
 
     result = run(config)
     print(f"model: {result.model}  registered: {result.registered}  MLflow run: {result.run_id}")
     print(f"serve it: yan serve --model {result.model}")
-    print(f"look at it: mlflow ui --backend-store-uri {result.tracking_uri}")
+    print(f"look at it: {where_to_look(result.tracking_uri, result.run_id)}")
     return 0
 
 
@@ -242,8 +243,9 @@ def _by_option(error: Any, fields: Iterable[str]) -> str:
 
 def _default_registry() -> str:
     """The store that `yan run` makes where nothing else is named."""
-    own = Path(RunConfig().runs_dir) / "mlflow.db"
-    return f"sqlite:///{own.resolve()}" if own.is_file() and not os.environ.get("MLFLOW_TRACKING_URI") else ""
+    from pipelines.folders import store_here
+
+    return "" if os.environ.get("MLFLOW_TRACKING_URI") else store_here()
 
 
 def _config(args: list[str]) -> int:
@@ -385,8 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = {"serve": "serve", "lm-eval": "harness"}.get(args[0], "pipelines")
         if os.environ.get("YAN_TRACEBACK") or (error.name or "").split(".")[0] in ("yan_core", "pipelines", "serve"):
             raise
-        remedy = f"in the folder of YAN's pyproject.toml: pip install -e '.[{extra}]'"
-        print(f"yan {args[0]}: {error}; {remedy}", file=sys.stderr)
+        remedy = f"; in the folder of YAN's pyproject.toml: pip install -e '.[{extra}]'"
+        print(f"yan {args[0]}: {error}{'' if 'pip install' in str(error) else remedy}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
         ours = type(error).__module__.split(".")[0] in ("yan_core", "pipelines", "serve")

@@ -42,6 +42,7 @@ from pipelines.tracking import Tracker, check_tracking
 from yan_core.checkpoint import read_config
 from yan_core.config import RunConfig, to_dict, unknown_name
 from yan_core.files import atomic_folder, write_file
+from yan_core.model import build_model
 
 SETTINGS_OF_A_VARIANT = ("label", "settings", "compute")
 
@@ -216,6 +217,8 @@ def main(args: Sequence[str]) -> int:
     check_tracking(config)
     for name in names:  # what does not fit is found before anything is trained
         own = entered(name, known[name], config, 1_000_000)
+        with torch.device("meta"):
+            build_model(own.architecture, vocab_size=8, seed=0)  # it may need what is not installed
         if own.init_from:
             check_start(name, own, config)
     compare(config, {name: known[name] for name in names}, args)

@@ -21,6 +21,24 @@ def recorded(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
+def own_store(runs_dir: str = RunConfig.runs_dir) -> str:
+    """Address of MLflow's store where none is named: a file beside the runs."""
+    return f"sqlite:///{Path(runs_dir).resolve()}/mlflow.db"
+
+
+def store_here() -> str:
+    """The address of `own_store` in this folder, if there is one; else empty."""
+    return own_store() if Path(own_store().removeprefix("sqlite:///")).is_file() else ""
+
+
+def where_to_look(uri: str, run_id: str) -> str:
+    """A run's page, or the command that opens its store in a browser."""
+    shown = without_password(uri)
+    if uri.startswith("http"):
+        return f"{shown.rstrip('/')}/#/runs/{run_id}"
+    return f"mlflow ui --backend-store-uri {shown}"
+
+
 def flat(values: Any, where: str = "") -> dict[str, Any]:
     """Nested settings by their dotted keys."""
     if not isinstance(values, dict):

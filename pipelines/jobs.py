@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import yan_core
 from pipelines.arguments import UsageError, parse_config
+from pipelines.folders import where_to_look
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
 from pipelines.sources import find_dataset
@@ -292,7 +293,7 @@ def mlflow_link(log: str) -> str:
     if not found:
         return ""
     run, uri = found[-1]
-    return f"{uri.rstrip('/')}/#/runs/{run}" if uri.startswith("http") else f"{run} at {uri}"
+    return where_to_look(uri, run) if uri.startswith("http") else f"{run} at {uri}"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -422,6 +422,8 @@ def main(args: Sequence[str]) -> int:
     if min(chosen.gpus) < 1 or chosen.tokens <= 0:
         raise UsageError("--gpus and --tokens must be above 0")
     config = parse_config("plan", ["--config", chosen.config])
+    if config.baseline is not None:
+        raise UsageError(f"--config {chosen.config} is of a baseline, {config.baseline.family}; plans are for a YAN")
     given = {f.name: getattr(chosen, f.name) for f in fields(Hardware) if getattr(chosen, f.name) is not None}
     try:
         measured = read_constants(chosen.constants) if chosen.constants else {}

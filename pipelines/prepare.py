@@ -334,7 +334,7 @@ def prepare(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
 
 def _source_of(name: str) -> str:
     """The data set that a shard comes from."""
-    found = re.fullmatch(r"[a-z]+/(.+)-\d{6}-\d{4}\.parquet", name)
+    found = re.fullmatch(r"[a-z]+/(.+)-\d{6}-\d{4,}\.parquet", name)
     assert found is not None
     return found[1]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipelines.arguments import parse_config
 from pipelines.evaluation import Quality
+from pipelines.folders import where_to_look
 from pipelines.prepare import open_prepared
 from pipelines.progress import say
 from pipelines.run import RunResult, run
@@ -135,6 +136,7 @@ def main(args: list[str]) -> int:
     say(f"Trained         : {seconds}; {time.perf_counter() - started:.0f} s in all{few}")
     say(f"Model           : {result.model}   registered as {result.registered}")
     say(f"Serve it        : .venv/bin/yan serve --model {result.model}")
-    say(f"Look at the run : .venv/bin/mlflow ui --backend-store-uri {result.tracking_uri}")
+    look = where_to_look(result.tracking_uri, result.run_id)
+    say(f"Look at the run : {'' if look.startswith('http') else '.venv/bin/'}{look}")
     say("=" * 100)
     return 0

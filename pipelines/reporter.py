@@ -34,8 +34,9 @@ class Reporter:
         self.total, self.skipped = state.settings.max_steps, 0
         self.job = Job.of(state.config, 0, num_workers(), state.tokenizer.vocab_size)
         device = next(state.model.parameters()).device
-        on_gpu = device.type == "cuda" and state.job.stage != "autoencoder"  # what row_flops counts is a flow's step
-        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+        # What row_flops counts is a step of YAN's flow.
+        counted = state.config.baseline is None and state.job.stage != "autoencoder" and device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if counted else None
         self.started, self.first_step = time.perf_counter(), state.step
         self._clear()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.order import Position, StageOrder
+from pipelines.order import Position, StageOrder, num_lanes
 from yan_core.baselines import Baseline
 from yan_core.batching import Batch
 from yan_core.checkpoint import from_pretrained, save_pretrained
@@ -34,13 +34,23 @@ STAGES = ("autoencoder", "flow", "finetune")
 
 
 def check_stages(config: RunConfig) -> None:
-    """Look whether there is something to train, before anything starts.
+    """Look whether there is something to train, and whether workers can do it in step, before anything starts.
 
     Raises:
-        ValueError: If there is nothing.
+        ValueError: If there is nothing. If a worker may have fewer rows than passes: it would make fewer of them than
+            others, which wait for it in each.
     """
     if not any(getattr(config.stages, stage).max_steps for stage in STAGES):
         raise ValueError("every stage has max_steps=0: nothing to train")
+    for stage in STAGES:
+        settings, workers = getattr(config.stages, stage), config.scaling.max_workers
+        lanes = num_lanes(settings, config.data)
+        fewest = lanes // workers * (settings.batch_size // lanes)
+        if settings.max_steps and config.scaling.accumulation > fewest:
+            raise ValueError(
+                f"scaling.accumulation={config.scaling.accumulation} must be at most {fewest}: so few rows a worker of "
+                f"{workers} may have of stages.{stage}.batch_size={settings.batch_size}, in whole lanes of {lanes}"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import requests
 from ray.job_submission import JobSubmissionClient
 
 from pipelines import jobs
+from pipelines.folders import store_here
 from pipelines.tracking import RunSummary, TrackingError, latest_runs
 from yan_core.files import without_password
 
@@ -187,9 +187,8 @@ def queue_lines(prometheus: str | None) -> list[str]:
 
 def run_lines(uri: str | None) -> list[str]:
     """The latest runs of MLflow."""
-    default = Path("runs/mlflow.db").resolve()
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or (f"sqlite:///{default}" if default.is_file() else None)
-    if uri is None:
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or store_here()
+    if not uri:
         return ["no MLflow is named by --tracking-uri or MLFLOW_TRACKING_URI, and there is no runs/mlflow.db"]
     try:
         runs = latest_runs(uri, SHOWN)

@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError  # comes with mlflow, which lets it through
 
+from pipelines.folders import own_store
 from pipelines.listing import reason_of
 from pipelines.metrics_buffer import Value
 from yan_core.config import RunConfig
@@ -31,8 +32,7 @@ matplotlib.use("Agg")
 
 def tracking_uri(config: RunConfig) -> str:
     """Where this run is tracked: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the runs folder."""
-    default = f"sqlite:///{Path(config.runs_dir).resolve()}/mlflow.db"
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own_store(config.runs_dir)
 
 
 def _client(uri: str) -> MlflowClient:
@@ -83,7 +83,10 @@ T = TypeVar("T")
 
 
 class TrackingError(ValueError):
-    """The tracking store cannot be used."""
+    """The tracking store cannot be used; its address without a password."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_password(message))
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -201,7 +204,7 @@ class Tracker:
             except mlflow.MlflowException as error:
                 if not is_refusal(error):
                     raise
-                logging.getLogger(__name__).warning("MLflow run %s is gone from %s: a new one begins", run_id, uri)
+                logging.getLogger(__name__).warning("MLflow run %s is gone from %s", run_id, without_password(uri))
         name = config.tracking.experiment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:

@@ -7,11 +7,13 @@ while it fine-tunes. Source of the scheduler: Li et al. 2018, arXiv:1810.05934.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ray import tune
@@ -20,12 +22,12 @@ from ray.tune.schedulers import ASHAScheduler
 from pipelines.arguments import UsageError, parse_config
 from pipelines.cluster import quiet_ray, ray_session
 from pipelines.evaluation import answer_rows, score_rows
-from pipelines.folders import run_lock
-from pipelines.plain import device_of, train_plainly
+from pipelines.folders import flat, run_lock
+from pipelines.plain import device_of, plain_state, train_on
 from pipelines.prepare import Prepared, open_prepared
 from pipelines.progress import say
 from pipelines.run import prepare_step, with_architecture_of_start
-from pipelines.state import STAGES, model_details
+from pipelines.state import STAGES, StageState, model_details
 from pipelines.tracking import STORE_ERRORS, Tracker, check_tracking
 from yan_core.checkpoint import from_pretrained
 from yan_core.config import RunConfig, from_dict, to_dict, unknown_name
@@ -64,7 +66,7 @@ def parse_search(texts: Sequence[str], config: RunConfig) -> dict[str, Any]:
         kind, _, values = how.partition(":")
         if kind not in KINDS or not values:
             raise UsageError(f"--search {text!r} must be KEY=KIND:VALUES with KIND one of {', '.join(KINDS)}")
-        known = _dotted(to_dict(config))
+        known = list(flat(to_dict(config)))
         if key not in known:
             raise UsageError(unknown_name("--search", key, known))
         if key.split(".")[0] not in ("model", "autoencoder_loss", "flow_loss", "stages"):
@@ -74,14 +76,6 @@ def parse_search(texts: Sequence[str], config: RunConfig) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise UsageError(f"--search {text!r}: {error}") from error
     return space
-
-
-def _dotted(values: dict[str, Any], where: str = "") -> list[str]:
-    found = []
-    for name, value in values.items():
-        key = f"{where}.{name}" if where else name
-        found += _dotted(value, key) if isinstance(value, dict) and value else [key]
-    return found
 
 
 def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
@@ -110,25 +104,29 @@ def trial(settings: dict[str, Any], config: dict[str, Any], prepared: str, every
         model = from_pretrained(chosen.init_from)[0].to(device)
     else:
         model = build_model(chosen.architecture, data.tokenizer.vocab_size, chosen.seed).to(device)
-    generator = TextGenerator(model, data.tokenizer, model_details(chosen))
+    # Of the weights that a stage would leave, which may be averages over its steps.
+    generator = TextGenerator(copy.deepcopy(model).eval(), data.tokenizer, model_details(chosen))
     rows, metric = data.validation(chosen.evaluation.max_rows), get_task(chosen.data.task).metric
     status = "KILLED"  # by the scheduler, unless it comes to its end
     try:
         for stage in STAGES:
             last = getattr(chosen.stages, stage).max_steps
+            if not last:
+                continue
+            state = plain_state(model, chosen, data, stage)
 
-            def after(step: int, metrics: dict[str, Any], stage: str = stage, last: int = last) -> bool:
-                if stage == "finetune" and (step % every == 0 or step == last):
-                    model.eval()
-                    answers = answer_rows(generator, rows, 3, chosen.evaluation)
-                    quality = score_rows(generator, metric, rows, answers)
+            def after(step: int, metrics: dict[str, Any], state: StageState = state, last: int = last) -> bool:
+                if state.job.stage == "finetune" and (step % every == 0 or step == last):
+                    generator.model.load_state_dict(state.result())
+                    answers = [answer_rows(generator, rows, n, chosen.evaluation) for n in chosen.evaluation.num_steps]
+                    quality = fmean(score_rows(generator, metric, rows, each) for each in answers)
                     with suppress(*STORE_ERRORS):
                         tracker.metrics({"tune/quality": quality, "tune/loss": float(metrics["loss"])}, step)
                     tune.report({"quality": quality, "step": step})
                 return True
 
-            if last:
-                train_plainly(model, chosen, data, stage, after)
+            train_on(state, data.batches(chosen, stage), after)
+            model.load_state_dict(state.result())
         status = "FINISHED"
     except Exception:
         status = "FAILED"

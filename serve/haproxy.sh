@@ -29,7 +29,7 @@ told() {  # status, type, code, message, headers
 }
 rays='^(x-request-timeout-seconds|x-request-disconnect-disabled|x[-_]session[-_]id|serve[-_]multiplexed[-_]model[-_]id)$'
 headers="http-request del-header $rays -m reg\n\\1http-request del-header x-request-id if"
-headers="$headers !{ req.hdr(x-request-id) -m reg ^[!-~]{1,256}\$ }"
+headers="$headers !{ req.hdr(x-request-id) -m reg ^[[:print:]]{1,256}\$ }"
 errors=$(told 400 invalid_request_error bad_request 'this is no request of HTTP'
     told 408 invalid_request_error body_too_slow 'the request must arrive within 20 s'
     told 502 server_error replica_lost 'the replica ended before its answer'

@@ -35,8 +35,6 @@ from yan_core.config import ModelConfig, SamplingConfig
 from yan_core.tasks import InfillingTask
 from yan_core.tokenization import MASK
 
-FIELDS = {"source": "prompt", "num_candidates": "n", "with_log_probs": "logprobs"}
-"""What OpenAI calls that is named otherwise in `Engine` and `Settings`."""
 Count = Annotated[int, Field(ge=1, le=MAX_CANDIDATES)]
 Stop = Annotated[str, Field(min_length=1)]
 One = Annotated[float, Field(ge=1, le=1)]
@@ -243,6 +241,12 @@ def card(name: str, model: ServedModel) -> ModelCard:
         max_source_tokens=generator.max_source_tokens,
         max_tokens=generator.max_target_tokens,
     )
+
+
+def fields_of(request: CompletionRequest) -> dict[str, str]:
+    """What a request calls that is named otherwise in `Engine` and `Settings`."""
+    candidates = "n" if request.best_of is None else "best_of"
+    return {"source": "prompt", "num_candidates": candidates, "with_log_probs": "logprobs"}
 
 
 def sources_of(request: CompletionRequest, model: ServedModel) -> list[str]:

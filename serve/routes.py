@@ -54,8 +54,6 @@ from yan_core.solver import time_grid
 
 OPENAI = "/v1/completions"
 """Where a field that is wrong has status 400, as OpenAI's clients expect; elsewhere it is 422."""
-FIELDS = {"follow": "trajectory"}
-"""What a request to /v1/generate calls otherwise than `Settings`."""
 REFUSALS: dict[int, str] = {
     401: "The key is missing or wrong.",
     404: "There is no such model.",
@@ -152,7 +150,8 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
         places = model.engine.generator.max_target_tokens if body.max_tokens is None else body.max_tokens
         settings = settings_of(body, places, follow=body.trajectory or body.stream)
         source = source_of(body, model)
-        with calling(FIELDS if body.fields is None else {**FIELDS, "source": "fields"}):
+        called = {"follow": "trajectory" if body.trajectory else "stream"}
+        with calling(called if body.fields is None else {**called, "source": "fields"}):
             asked = await model.ask([source], [body.seed], settings, left_s, with_pieces=settings.follow)
 
         def response(answer: Answer) -> GenerateResponse:
@@ -198,7 +197,7 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
         places = model.engine.generator.max_target_tokens
         settings = settings_of(body, places, with_log_probs=body.logprobs is not None)
         seeds, with_pieces = openai_api.seeds_of(body), openai_api.needs_pieces(body, places)
-        with calling(openai_api.FIELDS):
+        with calling(openai_api.fields_of(body)):
             asked = await model.ask(sources, seeds, settings, left_s, may_cut=False, with_pieces=with_pieces)
         answers = await asked.answers()
         note(request, model, sources, answers)

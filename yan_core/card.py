@@ -14,16 +14,6 @@ import yaml
 from yan_core.tasks import InfillingTask, get_task
 from yan_core.tokenization import MASK, Tokenizer
 
-PIPELINE_TAGS = {
-    "question_answering": "question-answering",
-    "classification": "text-classification",
-    "summarisation": "summarization",
-    "infilling": "fill-mask",
-    "last_word": "text-generation",
-    "continuation": "text-generation",
-}
-"""Task -> what the hub calls it."""
-
 FAMILIES = {"ar": "GPT-2", "encoder_decoder": "BART", "masked_diffusion": "masked diffusion model"}
 """Family of a baseline -> its name in a sentence."""
 
@@ -81,7 +71,7 @@ def model_card(
     ]
     if tokenizer.normalize("A") == "a":
         limits.append("It reads and writes lower case alone.")
-    metadata = {"library_name": "yan", "pipeline_tag": PIPELINE_TAGS[task.name], "tags": ["yan", *tags]}
+    metadata = {"library_name": "yan", "pipeline_tag": task.pipeline_tag, "tags": ["yan", *tags]}
     return f"""---
 {_yaml({**metadata, **evidence.metadata})}
 ---

@@ -34,6 +34,7 @@ class Task:
         keep: Which end of a source stays when it is too long.
         metrics: What answers are scored by, the main one first; see yan_core/metrics.py.
         references: Field that may hold the list of all right answers; empty: there is one, the target.
+        pipeline_tag: What the model hub calls such a task.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     keep: Literal["start", "end"]
     metrics: tuple[str, ...]
     references: str = ""
+    pipeline_tag: str = "text-generation"
 
     @property
     def metric(self) -> str:
@@ -289,15 +291,24 @@ TASKS: dict[str, Task] = {
             keep="end",
             metrics=("exact_match", "token_f1", "squad_em", "squad_f1", "rouge_l", "rouge_1", "rouge_2"),
             references="answers",
+            pipeline_tag="question-answering",
         ),
-        Task("classification", "{text}", "label", keep="start", metrics=("accuracy", "macro_f1")),
-        Task("summarisation", "{text}", "summary", keep="start", metrics=OVERLAP),
+        Task(
+            "classification",
+            "{text}",
+            "label",
+            keep="start",
+            metrics=("accuracy", "macro_f1"),
+            pipeline_tag="text-classification",
+        ),
+        Task("summarisation", "{text}", "summary", keep="start", metrics=OVERLAP, pipeline_tag="summarization"),
         InfillingTask(
             "infilling",
             "{text}",
             "text",
             keep="start",
             metrics=("token_f1", "exact_match", "rouge_l", "rouge_1", "rouge_2", "bleu"),
+            pipeline_tag="fill-mask",
         ),
         LastWordTask("last_word", "{text}", "text", keep="end", metrics=("exact_match", "squad_em")),
         ContinuationTask("continuation", "{text}", "text", keep="end", metrics=OVERLAP),

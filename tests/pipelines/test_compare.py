@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,13 @@ def test_a_variant_leaves_alone_what_all_have_in_common(tmp_path, text):
 def test_a_misspelt_contestant_is_refused_before_anything_starts(capsys):
     assert main(["compare", "--config", "pipelines/configs/world.yaml", "--contestants", "encoder_decodr"]) == 2
     assert "did you mean 'encoder_decoder'?" in capsys.readouterr().err
+
+
+def test_a_contestant_that_needs_what_is_not_installed_is_told_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["compare", "--config", "pipelines/configs/world.yaml", "--contestants", "plain", "ar"]) == 1
+    told = capsys.readouterr().err
+    assert "need transformers" in told and told.count("pip install") == 1 and "'.[baselines]'" in told
 
 
 @pytest.mark.ray

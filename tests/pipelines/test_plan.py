@@ -203,6 +203,12 @@ def test_a_full_node_computes_with_what_crowding_leaves():
     assert [times[0] / t for t in times] == pytest.approx([1, 0.75, 0.5, 0.5])
 
 
+def test_a_baseline_is_not_planned_as_the_yan_beside_it(tmp_path, capsys):
+    (tmp_path / "ar.yaml").write_text("baseline: {family: ar}\nstages: {autoencoder: {max_steps: 0}}\n")
+    assert main(["plan", "--config", str(tmp_path / "ar.yaml"), "--tokens", "1e9", "--gpus", "2"]) == 2
+    assert "is of a baseline, ar; plans are for a YAN" in capsys.readouterr().err
+
+
 def test_constants_come_from_a_file_and_flags_go_before_it(tmp_path, capsys):
     file = tmp_path / "constants.json"
     plan = ["plan", "--config", "pipelines/configs/size_200m.yaml", "--tokens", "1e9", "--gpus", "2"]

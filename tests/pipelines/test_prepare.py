@@ -19,7 +19,7 @@ from pipelines import stream
 from pipelines.documents import KeepOut
 from pipelines.encode import Encode
 from pipelines.listing import DataError, UnreadableFile
-from pipelines.prepare import cpus_of_a_task, open_prepared, prepare, read_text_rows
+from pipelines.prepare import _source_of, cpus_of_a_task, open_prepared, prepare, read_text_rows
 from pipelines.sources import Piece, _read_parquet, open_source
 from pipelines.stream import read_rows_of
 from tests.pipelines.rows import HELD_OUT, ROWS, config_for, windows_of, write
@@ -478,3 +478,8 @@ def test_a_file_that_has_shrunk_since_it_was_listed_is_set_aside(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=20)
     with pytest.raises(UnreadableFile, match="2 row groups in place of 4"):
         list(source.rows(source.pieces[0]))
+
+
+@pytest.mark.parametrize("name", ["flow/my-corpus-000001-0000.parquet", "flow/my-corpus-000001-12345.parquet"])
+def test_the_data_set_of_a_shard_is_known_however_many_there_are(name):
+    assert _source_of(name) == "my-corpus"

@@ -13,6 +13,7 @@ from pipelines import listing
 from pipelines.folders import difference, run_lock
 from pipelines.prepare import _inputs
 from pipelines.run import _start_of_training, data_inputs, fingerprint, run, stage_inputs, up_to_date
+from pipelines.stream import lanes_of
 from tests.yan_core.tiny import tiny_config
 from yan_core.checkpoint import save_pretrained
 from yan_core.config import RunConfig, TokenizerConfig, from_dict
@@ -64,6 +65,16 @@ def test_a_model_that_measures_and_is_not_there_is_told_before_anything_starts(t
     with pytest.raises(ValueError, match="evaluation.bertscore_model: no model at nowhere: name a folder"):
         run(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_would_make_unlike_numbers_of_passes_are_told_before_anything_starts(tmp_path):
+    """Of 16 rows in 8 lanes three workers have 6, 6 and 4."""
+    stages = {stage: {"max_steps": 1, "batch_size": 16} for stage in ("autoencoder", "flow", "finetune")}
+    values = {"runs_dir": str(tmp_path), "stages": stages, "scaling": {"num_workers": [1, 3], "accumulation": 5}}
+    with pytest.raises(ValueError, match="accumulation=5 must be at most 4: .*stages.autoencoder.batch_size=16"):
+        run(from_dict(RunConfig, values))
+    assert list(tmp_path.iterdir()) == []
+    assert [len(lanes_of(rank, 8, 3)) * 2 for rank in range(3)] == [6, 6, 4]
 
 
 def test_a_run_that_trains_nothing_is_told_before_anything_starts(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 
 from pipelines import status
 from pipelines.cli import main
+from pipelines.folders import where_to_look
 from pipelines.tracking import TrackingError, latest_runs
 from tests.clusters.conftest import free_port
 from tests.pipelines.conftest import ON_A_HEAD, yan
@@ -149,6 +150,24 @@ def test_passwords_are_not_on_the_screen(monkeypatch: pytest.MonkeyPatch):
     told = [*status.run_lines("postgresql://m:s3cret@h/m"), *status.queue_lines("http://u:s3cret@127.0.0.1:1")]
     assert told[0] == "none at postgresql://m:***@h/m" and "http://u:***@127.0.0.1:1" in told[1]
     assert "s3cret" not in str(told)
+
+
+def test_password_of_a_store_that_does_not_answer_is_not_on_the_screen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (line,) = status.run_lines(f"http://mlflow:s3cret@127.0.0.1:{free_port()}")
+    assert line.startswith("MLflow at http://mlflow:***@127.0.0.1:") and "s3cret" not in line
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("http://me:s3cret@mlflow:5000/", "http://me:***@mlflow:5000/#/runs/r1"),
+        ("sqlite:////home/me/runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:////home/me/runs/mlflow.db"),
+        ("postgresql://m:s3cret@h/m", "mlflow ui --backend-store-uri postgresql://m:***@h/m"),
+    ],
+)
+def test_where_a_run_is_looked_at(uri: str, expected: str):
+    assert where_to_look(uri, "r1") == expected
 
 
 def test_store_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -71,6 +71,44 @@ def test_trials_are_runs_below_one_run_and_the_best_is_named(tiny_config, tmp_pa
 
 
 @pytest.mark.ray
+def test_a_trial_is_measured_as_the_run_would_be(tiny_config, tmp_path, monkeypatch):
+    """By the averaged weights, from stage to stage too, and at the numbers of solver steps that it evaluates."""
+    with ray_session(1, 1):
+        prepare(tiny_config, tmp_path / "prepared")
+    began: dict[str, float] = {}
+    measured: list[tuple[float, int]] = []
+
+    def weight(model) -> float:
+        return model.state_dict()["decoder.ffns.0.0.weight"].mean().item()
+
+    def train(state, batches, on_step):
+        began[state.job.stage] = weight(state.model)
+        left = {"autoencoder": 1.0, "flow": 2.0, "finetune": 3.0}[state.job.stage]
+        state.average.weights = {name: torch.full_like(of, left) for name, of in state.average.weights.items()}
+        on_step(state.settings.max_steps, {"loss": torch.tensor(0.0)})
+
+    def answer(generator, rows, num_steps, evaluation):
+        measured.append((weight(generator.model), num_steps))
+        return [row["answers"][0] if num_steps == 2 else "wrong" for row in rows]
+
+    reported: list[dict[str, float]] = []
+    for name, stand_in in (
+        ("train_on", train),
+        ("answer_rows", answer),
+        ("tune.get_context", lambda: SimpleNamespace(get_trial_id=lambda: "t")),
+        ("tune.report", reported.append),
+        ("Tracker.child", lambda *of: Tracker("http://127.0.0.1:9", "gone")),
+    ):
+        monkeypatch.setattr(f"pipelines.tune.{name}", stand_in)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    settings = {f"stages.{stage}.optim.ema_decay": 0.9 for stage in ("autoencoder", "flow", "finetune")}
+    settings["evaluation.num_steps"] = [1, 2]
+    trial(settings, to_dict(tiny_config), str(tmp_path / "prepared"), 1, ("", ""))
+    assert (began["flow"], began["finetune"]) == (1.0, 2.0)
+    assert measured == [(3.0, 1), (3.0, 2)] and [of["quality"] for of in reported] == [0.5]
+
+
+@pytest.mark.ray
 def test_a_trial_begins_with_the_model_that_the_run_would(tiny_config, tmp_path, monkeypatch):
     """`init_from` is where `yan run` starts; MLflow may be away meanwhile."""
     with ray_session(1, 1):
@@ -83,10 +121,10 @@ def test_a_trial_begins_with_the_model_that_the_run_would(tiny_config, tmp_path,
     config = dataclasses.replace(tiny_config, init_from=str(tmp_path / "start"), stages=stages)
     started: list[torch.Tensor] = []
 
-    def look(model, *args):
-        started.append(model.state_dict()["decoder.ffns.0.0.weight"].clone())
+    def look(state, *args):
+        started.append(state.model.state_dict()["decoder.ffns.0.0.weight"].clone())
 
-    monkeypatch.setattr("pipelines.tune.train_plainly", look)
+    monkeypatch.setattr("pipelines.tune.train_on", look)
     monkeypatch.setattr("pipelines.tune.tune.get_context", lambda: SimpleNamespace(get_trial_id=lambda: "t"))
     monkeypatch.setattr("pipelines.tune.Tracker.child", lambda *of: Tracker("http://127.0.0.1:9", "gone"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -97,7 +135,7 @@ def test_a_trial_begins_with_the_model_that_the_run_would(tiny_config, tmp_path,
     def fail(*args):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("pipelines.tune.train_plainly", fail)
+    monkeypatch.setattr("pipelines.tune.train_on", fail)
     monkeypatch.setattr("pipelines.tune.Tracker.finish", lambda self, status: told.append(status))
     with pytest.raises(RuntimeError, match="no memory"):
         trial({"stages.finetune.optim.lr": 1e-3}, to_dict(config), str(tmp_path / "prepared"), 1, ("", ""))

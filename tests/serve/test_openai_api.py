@@ -253,8 +253,10 @@ def test_what_is_too_much_is_named_as_openai_names_it(start):
     [
         ("/v1/completions", {"prompt": QUESTION, "logprobs": 1}, "logprobs"),
         ("/v1/completions", {"prompt": QUESTION, "n": 2}, "n"),
+        ("/v1/completions", {"prompt": QUESTION, "best_of": 2}, "best_of"),
         ("/v1/completions", {"prompt": "a" * 20_001}, "prompt"),
         ("/v1/generate", {"source": QUESTION, "trajectory": True}, "trajectory"),
+        ("/v1/generate", {"source": QUESTION, "stream": True}, "stream"),
         ("/v1/generate", {"fields": {"context": "a" * 20_001, "question": QUESTION}}, "fields"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -282,21 +283,19 @@ def test_a_refusal_goes_through_serve_as_it_is(server, path, method, body, statu
         ("X-Request-Id: \xff\xfe", b'{"source": "Where is Mary?"}', 200, None),
         ("X-Request-Timeout-Seconds: 0.00001", b'{"source": "Where is Mary?"}', 200, None),
         ("Serve_Multiplexed_Model_Id: \xff", b'{"source": "Where is Mary?"}', 200, None),
-        (f"Content-Length: {200 * 2**20}", b"{", 413, "body_too_large"),
-        ("Content-Length: -1", b"{", 400, "bad_request"),
-        ("Nonsense", b"{}", 400, "bad_request"),
+        (f"Content-Length: {200 * 2**20}", b"{" * 150_000, 413, "body_too_large"),  # more than HAProxy waits for
     ],
-    ids=["id", "deadline", "model", "200 MB", "length", "no header"],
+    ids=["id", "deadline", "model", "200 MB"],
 )
 def test_what_no_client_library_sends_has_an_answer_of_ours(server, head, body, status, code):
     known = f"Host: here\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     length = "" if "Content-Length" in head else f"Content-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(f"POST /v1/generate HTTP/1.1\r\n{known}{length}{head}\r\n\r\n".encode("latin1") + body)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    head_of_answer, _, told = answer.partition(b"\r\n\r\n")
-    assert head_of_answer.startswith(f"HTTP/1.1 {status} ".encode()), answer
-    assert json.loads(told).get("error", {}).get("code") == code, answer
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        told = json.load(answer)
+    assert (answer.status, told.get("error", {}).get("code")) == (status, code), told
 
 
 def test_keys_are_rotated_while_it_serves(server):

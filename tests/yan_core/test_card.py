@@ -8,11 +8,10 @@ import yaml
 
 import yan_core
 from tests.yan_core.tiny import tiny_config
-from yan_core.card import PIPELINE_TAGS
 from yan_core.checkpoint import read_config, save_pretrained
 from yan_core.config import BaselineConfig, TokenizerConfig
 from yan_core.model import build_model
-from yan_core.tasks import TASKS
+from yan_core.tasks import TASKS, Task
 from yan_core.tokenization import Tokenizer
 
 
@@ -28,12 +27,24 @@ def parts(card: str) -> tuple[dict, str]:
     return yaml.safe_load(front), text
 
 
+def test_the_pages_own_task_is_trained_and_told_like_those_that_ship(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "TASKS.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"```python\n(Task\(.*\))\n```", page)
+    task = eval(line, {"Task": Task})
+    monkeypatch.setitem(TASKS, task.name, task)
+    metadata, _ = parts(card_of(tmp_path / "model", task.name))
+    assert metadata["pipeline_tag"] == "translation"
+    assert yan_core.load(tmp_path / "model").task.pair({"english": "the tree", "german": "der Baum"})[1] == "der Baum"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_card_whose_example_runs(
     tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata, text = parts(card_of(tmp_path / "model", task))
-    assert metadata["library_name"] == "yan" and metadata["pipeline_tag"] == PIPELINE_TAGS[task]
+    assert metadata["library_name"] == "yan" and metadata["pipeline_tag"] == TASKS[task].pipeline_tag
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(code.replace("path/to/this/folder", str(tmp_path / "model")), {})
     source = "Mary went to the <mask>." if task == "infilling" else "Mary went to the kitchen. Where is Mary?"
