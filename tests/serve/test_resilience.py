@@ -30,11 +30,13 @@ from serve.schemas import AppArgs
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
 
-CLIENTS, REQUESTS = 8, 2000
+CLIENTS, REQUESTS, NAME = 8, 2000, "yan-tiny@champion"
 
 
 def body(i: int) -> dict[str, Any]:
-    return {"source": f"Mary went. Where is Mary? {i % 10}", "seed": i}
+    """Every fourth is longer than HAProxy's buffers by default; every other one names the model as it is listed."""
+    long = "\u0416" * 3000 if i % 4 == 0 else ""
+    return {"source": f"{long} Mary went. Where is Mary? {i % 10}", "seed": i} | ({"model": NAME} if i % 2 else {})
 
 
 def replicas() -> list[psutil.Process]:
@@ -116,9 +118,7 @@ def registry(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> st
 
 @pytest.fixture(scope="module")
 def args(registry: str) -> AppArgs:
-    return AppArgs(
-        model="models:/yan-tiny@champion", tracking_uri=registry, num_replicas=2, cpus_per_replica=0.5, refresh_s=1.0
-    )
+    return AppArgs(model=f"models:/{NAME}", tracking_uri=registry, num_replicas=2, cpus_per_replica=0.5, refresh_s=1.0)
 
 
 @pytest.fixture(scope="module")
