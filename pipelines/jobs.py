@@ -30,6 +30,7 @@ from pipelines.arguments import UsageError, parse_config
 from pipelines.folders import where_to_look
 from pipelines.listing import locate
 from pipelines.prepare import corpora_of
+from pipelines.progress import aligned
 from pipelines.sources import find_dataset
 from pipelines.state import check_stages
 from yan_core.config import RunConfig, to_dict
@@ -360,8 +361,7 @@ def table(jobs: Sequence[JobDetails]) -> list[str]:
                 metadata.get("commit", "-"),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def moment(at_ms: int | None) -> str:

@@ -13,6 +13,7 @@ from ray.job_submission import JobSubmissionClient
 
 from pipelines import jobs
 from pipelines.folders import store_here
+from pipelines.progress import aligned
 from pipelines.tracking import RunSummary, TrackingError, latest_runs
 from yan_core.files import without_password
 
@@ -206,12 +207,6 @@ def run_rows(runs: Sequence[RunSummary]) -> list[tuple[str, ...]]:
         times = jobs.moment(run.start_ms), jobs.span(run.start_ms, run.end_ms)
         rows.append((run.name, run.status, *times, run.experiment, run.run_id))
     return rows
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines with the cells of each column below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def cut(lines: Sequence[str]) -> list[str]:

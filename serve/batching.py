@@ -155,7 +155,7 @@ class Batcher:
         if wait_s and done_s > timeout_s:  # a model that is free tries: it may be faster than it was
             raise Overloaded(
                 f"the answer would take about {done_s:.1f} s, longer than this request can wait; come again later",
-                code="queue_full",
+                code="deadline_exceeded",
                 retry_after_s=max(1, math.ceil(done_s - timeout_s)),
             )
         loop = asyncio.get_running_loop()

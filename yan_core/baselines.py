@@ -37,10 +37,6 @@ class Baseline(nn.Module, ABC):
             batch: Source and target ids with their masks, [batch, source_length] and [batch, length], and keys [batch].
         """
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean of `losses` over the target's tokens, a scalar; batch as there, [batch, length]."""
-        return (self.losses(batch) * batch.target_mask).sum() / batch.target_mask.sum().clamp_min(1)
-
     @abstractmethod
     def answer(
         self,

@@ -1,7 +1,8 @@
 """YAN: target encoder, source encoder, flow network with velocity experts, token decoder (arXiv:2604.15009).
 
-Follow one batch: `encode_target` gives x_1, `encode_source` gives what the flow needs of the source, `forward` gives
-the velocities of all experts and the gate at (x_t, t), and `decoder` reads tokens off latents.
+Follow one batch: `encode_target` gives x_1, `encode_source` gives what the flow needs of the source, `flow.trunk` the
+features at (x_t, t) of which `flow.experts` and `flow.gate` make velocities and choice, and `decoder` reads tokens off
+latents.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from pipelines.evaluation import Quality, evaluate_model
 from pipelines.order import Position
 from pipelines.packed import Packed, PackError, open_pack, pack
 from pipelines.plain import OnStep, plain_state, train_on
+from pipelines.progress import say
 from pipelines.results import headline, markdown
 from pipelines.state import STAGES
 from yan_core.checkpoint import from_pretrained
@@ -58,11 +59,6 @@ from yan_core.tasks import get_task
 
 SAY_EVERY_S = 10.0
 """Seconds between lines of progress."""
-
-
-def say(line: str) -> None:
-    """Show a line of progress."""
-    print(line, flush=True)
 
 
 # --- what a contestant is to do ---------------------------------------------------------------------------------------

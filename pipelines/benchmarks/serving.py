@@ -8,9 +8,9 @@ Measured in the same run: the bare sampler in a process of its own, with as many
 a Serve deployment that does nothing, without and with pauses as long as an answer takes the sampler, after which every
 cache on the way is cold; an autoregressive model of the same size behind the same server. The sampler with one thread,
 without pauses and with those that a replica has between two requests of a lone client, has its turns between those of
-the server, since a machine's speed drifts. Capacity is what 32 clients in a closed loop get; loads are open loops of
-Poisson arrivals at multiples of it, and a request's latency counts from when it was due. This process sends the
-requests and shares the cores with the server.
+the server, since a machine's speed drifts. Capacity is what 32 clients in a closed loop get; loads, of two models by
+turns, are open loops of Poisson arrivals at multiples of it, and a request's latency counts from when it was due. This
+process sends the requests and shares the cores with the server.
 """
 
 from __future__ import annotations
@@ -296,13 +296,6 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
         capacity = report["saturated"]["answers_per_s"]
         print(f"yan serve: p50 {report['alone']['p50_ms']:.1f} ms alone, {capacity:.0f} answers/s", flush=True)
         report["overload"] = overload(yan.url, body, capacity, 2.0, chosen.seconds, chosen.overload_s)
-        if full:
-            limit = 2 * (alone.latency_ms(0.99) or 0.0)
-            multiples = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
-            loads = open_loop(yan.url, body, [(m * capacity, chosen.seconds) for m in multiples], seed=1)
-            report["loads"] = [
-                {"times_capacity": m, **of.summary(limit)} for m, of in zip(multiples, loads, strict=True)
-            ]
         report["memory_mb"] = yan.memory_mb()
         report["replica_s"] = yan.replica_s
     if full:
@@ -313,7 +306,14 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return body(i) | {"model": ("yan-model", "second-model")[i % 2]}
 
         with server(folder, "two", [*serve, "--model", str(model), "--more-models", str(second)]) as two:
+            closed_loop(two.url, either, 1, 2)
             report["two_models"] = closed_loop(two.url, either, clients, chosen.seconds).summary()
+            limit = 2 * (alone.latency_ms(0.99) or 0.0)
+            multiples = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+            loads = open_loop(two.url, either, [(m * capacity, chosen.seconds) for m in multiples], seed=1)
+            report["loads"] = [
+                {"times_capacity": m, **of.summary(limit)} for m, of in zip(multiples, loads, strict=True)
+            ]
     make_ar_model(ar, chosen.size, chosen.target_tokens)
     with server(folder, "ar", [*serve, "--model", str(ar)]) as baseline:
         closed_loop(baseline.url, body, 1, 2)

@@ -18,6 +18,7 @@ import pytest
 from pipelines import status
 from pipelines.cli import main
 from pipelines.folders import where_to_look
+from pipelines.progress import aligned
 from pipelines.tracking import TrackingError, latest_runs
 from tests.clusters.conftest import free_port
 from tests.pipelines.conftest import ON_A_HEAD, yan
@@ -107,7 +108,7 @@ def test_page_that_does_not_answer_leaves_the_others():
 
 def test_table_is_cut_to_a_screen():
     rows = [("A", "B"), *((str(i), "b") for i in range(30))]
-    lines = status.cut(status.aligned(rows))
+    lines = status.cut(aligned(rows))
     assert len(lines) == status.SHOWN + 2 and lines[-1] == "... and 22 more"
     assert status.cut(lines[:3]) == lines[:3]
 

@@ -248,7 +248,7 @@ def test_an_answer_that_would_be_begun_in_time_and_not_done_is_refused(sampler):
         first = await busy(queue, sampler)
         with pytest.raises(Overloaded, match="longer than this request can wait") as told:
             queue.submit([long], 3000)
-        assert told.value.code == "queue_full"
+        assert told.value.code == "deadline_exceeded"
         second = queue.submit([job()], 3000)
         sampler.free.set()
         await first.results()
