@@ -7,7 +7,6 @@ several, Ray's own exporter has those of all of them, see serve/exporter.py.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 
@@ -32,6 +31,7 @@ class Metrics:
             replica: Label of every series.
         """
         self.registry = CollectorRegistry()
+        self._sizes: dict[str, list[Callable[[], int]]] = {}
         self.replica = replica
         labels = ["replica"]
 
@@ -58,12 +58,19 @@ class Metrics:
         self._latency.labels(self.replica, route).observe(seconds)
 
     def watch_queue(self, model: str, size: Callable[[], int]) -> None:
-        """Ask for the length of a model's queue whenever metrics are read."""
-        self._queue.labels(self.replica, model).set_function(size)
+        """Ask for the length of a model's queue whenever metrics are read; two aliases of one version have one each."""
+        sizes = self._sizes.setdefault(model, [])
+        sizes.append(size)
+        self._queue.labels(self.replica, model).set_function(lambda: sum(each() for each in sizes))
 
-    def forget_queue(self, model: str) -> None:
-        """The model is gone."""
-        with contextlib.suppress(KeyError):
+    def forget_queue(self, model: str, size: Callable[[], int]) -> None:
+        """The model that had this queue is gone; that may be said more than once."""
+        sizes = self._sizes.get(model, [])
+        if size not in sizes:
+            return
+        sizes.remove(size)
+        if not sizes:
+            del self._sizes[model]
             self._queue.remove(self.replica, model)
 
     def refused(self, address: str) -> None:

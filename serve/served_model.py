@@ -119,11 +119,12 @@ class ServedModel:
             observe=lambda jobs, seconds: metrics.batch(name, jobs, seconds),
             beside=pools.queues,
         )
-        metrics.watch_queue(name, lambda: self.batcher.queued)
+        self._queued: Callable[[], int] = lambda: self.batcher.queued
+        metrics.watch_queue(name, self._queued)
 
     def retire(self) -> None:
         """Another takes its place; what it has begun it ends."""
-        self.metrics.forget_queue(self.name)
+        self.metrics.forget_queue(self.name, self._queued)
 
     async def ask(
         self,

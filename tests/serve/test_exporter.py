@@ -24,7 +24,11 @@ def test_ray_is_given_what_has_changed_under_its_own_labels(monkeypatch: pytest.
     monkeypatch.setattr(module.ray_metrics, "Gauge", Fake)
     metrics = Metrics("one")
     exporter = Exporter(metrics.registry)
-    metrics.watch_queue("world", lambda: 3)
+
+    def size() -> int:
+        return 3
+
+    metrics.watch_queue("world", size)
     metrics.answered("/v1/generate", 200, 0.5)
     exporter.pass_on()
     route, asked = {"route": "/v1/generate"}, {"route": "/v1/generate", "status": "200"}
@@ -37,7 +41,7 @@ def test_ray_is_given_what_has_changed_under_its_own_labels(monkeypatch: pytest.
 
     told.clear()
     metrics.answered("/v1/generate", 200, 0.25)
-    metrics.forget_queue("world")
+    metrics.forget_queue("world", size)
     exporter.pass_on()
     again = [
         ("yan_requests", 1.0, asked),

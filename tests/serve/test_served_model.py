@@ -8,6 +8,16 @@ from serve.served_model import Answer, Pools, ServedModel, Step
 from tests.serve.conftest import engine_of
 
 
+def test_the_queue_of_a_version_is_told_while_one_of_its_aliases_is_left(model_folder):
+    metrics, pools, line = Metrics("one"), Pools(), b'yan_queue_size{model="quiz/7",replica="one"} 0.0'
+    champion, best = (ServedModel("quiz/7", engine_of(model_folder), metrics, 8, pools) for _ in range(2))
+    champion.retire()
+    champion.retire()
+    assert line in metrics.text()
+    best.retire()
+    assert line not in metrics.text()
+
+
 def test_steps_of_a_batch_that_fails_and_is_drawn_one_by_one_are_told_once(model_folder, monkeypatch):
     engine = engine_of(model_folder)
     engine.warm_up(3)
