@@ -34,9 +34,13 @@ CLIENTS, REQUESTS, NAME = 8, 2000, "yan-tiny@champion"
 
 
 def body(i: int) -> dict[str, Any]:
+    return {"source": f"Mary went. Where is Mary? {i % 10}", "seed": i}
+
+
+def mixed(i: int) -> dict[str, Any]:
     """Every fourth is longer than HAProxy's buffers by default; every other one names the model as it is listed."""
-    long = "\u0416" * 3000 if i % 4 == 0 else ""
-    return {"source": f"{long} Mary went. Where is Mary? {i % 10}", "seed": i} | ({"model": NAME} if i % 2 else {})
+    long = {"source": "\u0416" * 3000 + " Where is Mary?"} if i % 4 == 0 else {}
+    return body(i) | long | ({"model": NAME} if i % 2 else {})
 
 
 def replicas() -> list[psutil.Process]:
@@ -84,10 +88,10 @@ def under_load(url: str, what: Callable[[], None], seconds: float = 30.0) -> tup
     retries.start()
     timer = threading.Timer(seconds / 3, what)
     timer.start()
-    loads = [closed_loop(f"{url}/v1/generate", body, CLIENTS, seconds)]
+    loads = [closed_loop(f"{url}/v1/generate", mixed, CLIENTS, seconds)]
     timer.join()
     while sum(len(load.samples) for load in loads) < REQUESTS:
-        loads.append(closed_loop(f"{url}/v1/generate", body, CLIENTS, 5.0))
+        loads.append(closed_loop(f"{url}/v1/generate", mixed, CLIENTS, 5.0))
     load = Load([sample for load in loads for sample in load.samples], sum(load.seconds for load in loads))
     return load, retries.total()
 
@@ -184,6 +188,6 @@ def test_a_replica_comes_back_though_the_alias_stands_at_a_bad_version(url: str,
     while len(new := {p.pid for p in replicas()}) < 2 or min(before) in new or running() < 2:
         assert time.monotonic() < deadline, ray_serve.status()
         time.sleep(0.5)
-    load = closed_loop(f"{url}/v1/generate", body, CLIENTS, 5.0)
+    load = closed_loop(f"{url}/v1/generate", mixed, CLIENTS, 5.0)
     assert {s.status for s in load.samples} == {200}
     assert named(url) == serving
