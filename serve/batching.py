@@ -76,7 +76,7 @@ class Batcher:
             max_batch_tokens: Most tokens of a batch of two jobs or more.
             max_queued: Most jobs that wait.
             observe: See `Observe`.
-            beside: The queues of the same executor, which take turns; this one is added.
+            beside: The queues of the same executor, which take turns; this one is added once it has work.
         """
         self._draw, self._executor, self._observe = draw, executor, observe
         self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
@@ -86,7 +86,6 @@ class Batcher:
         self._started = 0.0
         self._seconds_per_pass = 0.0
         self._beside = WeakSet[Batcher]() if beside is None else beside
-        self._beside.add(self)
 
     @property
     def queued(self) -> int:
@@ -158,6 +157,7 @@ class Batcher:
                 code="deadline_exceeded",
                 retry_after_s=max(1, math.ceil(done_s - timeout_s)),
             )
+        self._beside.add(self)  # here and not where it was made, which may have been in another thread
         loop = asyncio.get_running_loop()
         entries = [_Waiting(job, loop.create_future()) for job in jobs]
         self._waiting.update(dict.fromkeys(entries))

@@ -166,7 +166,7 @@ class Engine:
         """Batches to warm up with."""
         (long,) = self.generator.encode(["? " * self.generator.max_source_tokens])
         fits = partial(self._fitting, settings=settings)
-        if self.generator.graphs is None:
+        if self.generator.graphs is None or not isinstance(self.generator.model, YanModel):
             return [fits(long.ids[:1])[:1], fits(long.ids)]
         lengths = _doubled(SOURCE_BUCKET, len(long.ids))
         full = [fits(long.ids[:length]) for length in lengths]
