@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,10 @@ def store_here() -> str:
 
 def where_to_look(uri: str, run_id: str) -> str:
     """A run's page, or the command that opens its store in a browser."""
-    shown = without_password(uri)
     if uri.startswith("http"):
-        return f"{shown.rstrip('/')}/#/runs/{run_id}"
-    return f"mlflow ui --backend-store-uri {shown}"
+        return f"{re.sub('://[^/@]*@', '://', uri).rstrip('/')}/#/runs/{run_id}"  # a browser asks for who it is
+    shown = without_password(uri)
+    return f"mlflow ui --backend-store-uri {shown}" + ("" if shown == uri else " (***: its password)")
 
 
 def flat(values: Any, where: str = "") -> dict[str, Any]:

@@ -43,13 +43,14 @@ def check_stages(config: RunConfig) -> None:
     if not any(getattr(config.stages, stage).max_steps for stage in STAGES):
         raise ValueError("every stage has max_steps=0: nothing to train")
     for stage in STAGES:
-        settings, workers = getattr(config.stages, stage), config.scaling.max_workers
+        settings, scaling = getattr(config.stages, stage), config.scaling
         lanes = num_lanes(settings, config.data)
-        fewest = lanes // workers * (settings.batch_size // lanes)
-        if settings.max_steps and config.scaling.accumulation > fewest:
+        uneven = [n for n in range(scaling.min_workers, scaling.max_workers + 1) if lanes % n]
+        fewest = min((lanes // n * (settings.batch_size // lanes) for n in uneven), default=scaling.accumulation)
+        if settings.max_steps and scaling.accumulation > fewest:
             raise ValueError(
-                f"scaling.accumulation={config.scaling.accumulation} must be at most {fewest}: so few rows a worker of "
-                f"{workers} may have of stages.{stage}.batch_size={settings.batch_size}, in whole lanes of {lanes}"
+                f"scaling.accumulation={scaling.accumulation} must be at most {fewest}, the fewest rows that "
+                f"a worker has of stages.{stage}.batch_size={settings.batch_size} where {uneven[-1]} share its {lanes} lanes"
             )
 
 

@@ -53,6 +53,18 @@ class _Waiting:
     since: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(eq=False)
+class _Drawing:
+    entries: list[_Waiting]
+    begun: float | None = None
+    """When the thread took it up, which first ends what it has of other models."""
+
+    @property
+    def nfe(self) -> int:
+        """Its trunk passes."""
+        return self.entries[0].job.kind.nfe
+
+
 class Batcher:
     """A queue of one model; all but `Draw` runs on one event loop."""
 
@@ -81,16 +93,15 @@ class Batcher:
         self._draw, self._executor, self._observe = draw, executor, observe
         self.max_batch_size, self.max_batch_tokens, self.max_queued = max_batch_size, max_batch_tokens, max_queued
         self._waiting: dict[_Waiting, None] = {}  # in order of arrival, and any one is taken out at once
-        self._drawing: list[list[_Waiting]] = []  # the batch that is drawn, and a full one that comes next
+        self._drawing: list[_Drawing] = []  # the batch that is drawn, and a full one that comes next
         self._kinds: Counter[Kind] = Counter()  # of those that wait
-        self._started = 0.0
         self._seconds_per_pass = 0.0
         self._beside = WeakSet[Batcher]() if beside is None else beside
 
     @property
     def queued(self) -> int:
         """Jobs that wait."""
-        return len(self._waiting) + sum(not entry.done.done() for batch in self._drawing[1:] for entry in batch)
+        return len(self._waiting) + sum(not entry.done.done() for batch in self._drawing[1:] for entry in batch.entries)
 
     @property
     def busy(self) -> bool:
@@ -114,9 +125,11 @@ class Batcher:
             before, longest = totals.get(kind.settings, (0, kind))
             totals[kind.settings] = before + count, max(kind, longest, key=lambda kind: kind.bucket)
         passes = sum(-(-count // self._capacity(longest)) * longest.nfe for count, longest in totals.values())
-        passes_drawn = [batch[0].job.kind.nfe for batch in self._drawing] or [0]
-        left_s = passes_drawn[0] * self._seconds_per_pass - (time.perf_counter() - self._started)
-        return sum(passes_drawn[1:]) * self._seconds_per_pass + max(0.0, left_s), passes * self._seconds_per_pass
+        now, made_s = time.perf_counter(), 0.0
+        for batch in self._drawing:
+            done_s = 0.0 if batch.begun is None else now - batch.begun
+            made_s += max(0.0, batch.nfe * self._seconds_per_pass - done_s)
+        return made_s, passes * self._seconds_per_pass
 
     def _capacity(self, kind: Kind) -> int:
         """Most jobs of a batch."""
@@ -150,7 +163,8 @@ class Batcher:
         queued = self.queued
         if queued and queued + len(jobs) > self.max_queued:
             raise self._queue_is_full(wait_s)
-        done_s = wait_s + max(job.kind.nfe for job in jobs) * self._seconds_per_pass
+        longest = max((job.kind for job in jobs), key=lambda kind: kind.bucket)
+        done_s = wait_s + -(-len(jobs) // self._capacity(longest)) * longest.nfe * self._seconds_per_pass
         if wait_s and done_s > timeout_s:  # a model that is free tries: it may be faster than it was
             raise Overloaded(
                 f"the answer would take about {done_s:.1f} s, longer than this request can wait; come again later",
@@ -168,16 +182,14 @@ class Batcher:
     def _start(self) -> None:
         """Draw the next batch, if there is one and the model is free, or will be and the batch is full."""
         while self._waiting and len(self._drawing) < 2:
-            batch, most = self._next()
-            if self._drawing and len(batch) < most:
+            entries, most = self._next()
+            if self._drawing and len(entries) < most:
                 return
-            for entry in batch:
+            for entry in entries:
                 self._take_out(entry)
-            if not self._drawing:
-                self._started = time.perf_counter()
+            batch = _Drawing(entries)
             self._drawing.append(batch)
-            jobs = [entry.job for entry in batch]
-            future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, jobs)
+            future = asyncio.get_running_loop().run_in_executor(self._executor, self._timed, batch)
             future.add_done_callback(lambda future, batch=batch: self._finish(batch, future))
 
     def _next(self) -> tuple[list[_Waiting], int]:
@@ -204,25 +216,22 @@ class Batcher:
             if not self._kinds[entry.job.kind]:
                 del self._kinds[entry.job.kind]
 
-    def _timed(self, jobs: Sequence[Job]) -> tuple[list[Drawn | Exception], float, float]:
-        begun = time.perf_counter()
-        return self._draw(jobs), begun, time.perf_counter() - begun
+    def _timed(self, batch: _Drawing) -> tuple[list[Drawn | Exception], float, float]:
+        begun = batch.begun = time.perf_counter()
+        return self._draw([entry.job for entry in batch.entries]), begun, time.perf_counter() - begun
 
-    def _finish(
-        self, batch: list[_Waiting], future: asyncio.Future[tuple[list[Drawn | Exception], float, float]]
-    ) -> None:
+    def _finish(self, batch: _Drawing, future: asyncio.Future[tuple[list[Drawn | Exception], float, float]]) -> None:
         self._drawing.remove(batch)
-        self._started = time.perf_counter()
         self._start()  # first, as the model waits and the answers do not
         answers, begun, draw_s = future.result()
         if any(isinstance(answer, Drawn) for answer in answers):  # else it ended early
-            self._learn(draw_s / batch[0].job.kind.nfe)
-        self._observe([entry.job for entry in batch], draw_s)
-        for entry, answer in zip(batch, answers, strict=True):
+            self._learn(draw_s / batch.nfe)
+        self._observe([entry.job for entry in batch.entries], draw_s)
+        for entry, answer in zip(batch.entries, answers, strict=True):
             if entry.done.done():
                 continue
             if isinstance(answer, Drawn):
-                entry.done.set_result(Result(answer, begun - entry.since, draw_s, len(batch)))
+                entry.done.set_result(Result(answer, begun - entry.since, draw_s, len(batch.entries)))
             else:
                 entry.done.set_exception(answer)
 

@@ -2,7 +2,8 @@
 # HAProxy as Ray Serve is to start it (RAY_SERVE_HAPROXY_BINARY_PATH): with Ray's settings and what these lack.
 # - It can give a request to another replica only where it had all of it before it passed on a part: it waits for the body,
 #   as long as serve/limits.py does, and for a client's next request as long as before; and where headers and body are not
-#   longer than a buffer, which has room for max_source_chars of any script (20,000 characters, each written as \uXXXX).
+#   longer than a buffer, which has room for max_source_chars of any script (20,000 characters, each written as \uXXXX). A
+#   request on its way holds up to two buffers, 256 KiB: a gigabyte with all connections that Ray allows (4,096).
 # - Ray's replica reads some headers before our app is asked, and fails at them where they are not UTF-8: those by which a
 #   client would choose a replica, set our deadline aside, or have the work go on when it leaves, are taken away, and an id
 #   that is not printable ASCII.
@@ -28,8 +29,9 @@ told() {  # status, type, code, message, headers
         " '{\"error\": {\"message\": \"$4\", \"type\": \"$2\", \"param\": null, \"code\": \"$3\"}}'$5"
 }
 rays='^(x-request-timeout-seconds|x-request-disconnect-disabled|x[-_]session[-_]id|serve[-_]multiplexed[-_]model[-_]id)$'
+id='req.fhdr(x-request-id)'  # the whole value, commas and all
 headers="http-request del-header $rays -m reg\n\\1http-request del-header x-request-id if"
-headers="$headers !{ req.hdr(x-request-id) -m reg ^[[:print:]]{1,256}\$ }"
+headers="$headers { $id -m reg [^[:print:]] } || { $id,length gt 256 } || { req.fhdr_cnt(x-request-id) gt 1 }"
 errors=$(told 400 invalid_request_error bad_request 'this is no request of HTTP'
     told 408 invalid_request_error body_too_slow 'the request must arrive within 20 s'
     told 502 server_error replica_lost 'the replica ended before its answer'

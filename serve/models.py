@@ -26,8 +26,8 @@ from serve.served_model import ServedModel
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LONGEST_NAME = 256
-"""Characters of a model's name; there is none with a longer one."""
+LONGEST_NAME = 1024
+"""Characters of an address that the registry is asked for; in MLflow name and alias have at most 256 each."""
 
 
 class Source(Protocol):
@@ -150,10 +150,9 @@ class Models:
         """
         if name is None:
             return self.first
-        if len(name) > LONGEST_NAME or not name.isprintable():  # it would go on to the registry and into the log
-            raise self._unknown(name)
         held = self._find(name)
-        if held is None and self._any_registered:
+        # Others would go on to the registry and into the log.
+        if held is None and self._any_registered and len(name) <= LONGEST_NAME and name.isprintable():
             address = name if is_registered(name) else SCHEME + name
             try:
                 async with asyncio.timeout(timeout_s):
@@ -272,8 +271,8 @@ class Models:
             return
         try:
             model = await self._in_thread(self._source.load, address)
-        except (RegistryAway, MemoryError) as error:  # no fault of the version's: the next look may bring it
-            logger.warning("%s goes on serving %s: %s cannot be had now: %r", address, held.model.name, name, error)
+        except RegistryAway as error:  # no fault of the version's: the next look may bring it
+            logger.warning("%s goes on serving %s, %s cannot be fetched now: %s", address, held.model.name, name, error)
         except Exception:
             held.refused = name
             held.model.metrics.refused(address)

@@ -38,7 +38,6 @@ from serve.metrics import Metrics
 from serve.models import Models
 from serve.openai_api import Completion, CompletionRequest, ModelCard, ModelList
 from serve.page import add_page
-from serve.registry import SCHEME
 from serve.schemas import (
     AppArgs,
     GenerateRequest,
@@ -223,7 +222,9 @@ def create_api(models: Models, metrics: Metrics, args: AppArgs, keys: Mapping[st
     )
     async def show_model(name: str) -> ModelCard:
         """One of them."""
-        return openai_api.card(name.removeprefix(SCHEME), await models.get(name, args.request_timeout_s))
+        found = await models.get(name, args.request_timeout_s)
+        listed = next((listed for listed, model in models.all.items() if model is found), found.name)
+        return openai_api.card(listed, found)
 
     @api.get("/healthz", tags=["Operation"])
     async def healthz() -> Status:

@@ -13,6 +13,7 @@ from pipelines import listing
 from pipelines.folders import difference, run_lock
 from pipelines.prepare import _inputs
 from pipelines.run import _start_of_training, data_inputs, fingerprint, run, stage_inputs, up_to_date
+from pipelines.state import check_stages
 from pipelines.stream import lanes_of
 from tests.yan_core.tiny import tiny_config
 from yan_core.checkpoint import save_pretrained
@@ -71,10 +72,13 @@ def test_workers_that_would_make_unlike_numbers_of_passes_are_told_before_anythi
     """Of 16 rows in 8 lanes three workers have 6, 6 and 4."""
     stages = {stage: {"max_steps": 1, "batch_size": 16} for stage in ("autoencoder", "flow", "finetune")}
     values = {"runs_dir": str(tmp_path), "stages": stages, "scaling": {"num_workers": [1, 3], "accumulation": 5}}
-    with pytest.raises(ValueError, match="accumulation=5 must be at most 4: .*stages.autoencoder.batch_size=16"):
+    with pytest.raises(
+        ValueError, match="accumulation=5 must be at most 4, .*autoencoder.batch_size=16 where 3 share its 8 lanes"
+    ):
         run(from_dict(RunConfig, values))
     assert list(tmp_path.iterdir()) == []
     assert [len(lanes_of(rank, 8, 3)) * 2 for rank in range(3)] == [6, 6, 4]
+    check_stages(from_dict(RunConfig, values | {"scaling": {"num_workers": 2, "accumulation": 50}}))  # 8 passes each
 
 
 def test_a_run_that_trains_nothing_is_told_before_anything_starts(tmp_path):

@@ -234,6 +234,9 @@ def test_the_wait_for_other_models_that_share_the_thread_counts(sampler):
         assert queue.expected_wait_s == pytest.approx(2000, abs=30)
         tickets.append(queue.submit([job()], 10_000))
         assert queue.expected_wait_s == pytest.approx(4000, abs=30)
+        await until(lambda: queue._drawing)
+        assert queue._drawing[0].begun is None  # handed over, and behind the other's
+        assert queue.expected_wait_s == pytest.approx(3000, abs=30)
         sampler.free.set()
         for ticket in tickets:
             await ticket.results()
@@ -249,6 +252,9 @@ def test_an_answer_that_would_be_begun_in_time_and_not_done_is_refused(sampler):
         with pytest.raises(Overloaded, match="longer than this request can wait") as told:
             queue.submit([long], 3000)
         assert told.value.code == "deadline_exceeded"
+        one_by_one = replace(PLAIN, deterministic=True)
+        with pytest.raises(Overloaded, match="longer than this request can wait"):
+            queue.submit([job(settings=one_by_one)] * 8, 2000)
         second = queue.submit([job()], 3000)
         sampler.free.set()
         await first.results()

@@ -174,7 +174,11 @@ def test_longest_source_as_json_can_write_it_is_given_to_another_replica(tmp_pat
     [
         (b"X-Request-Id: my-1", True),
         (b"X-Request-Id: \xff", False),
+        (b"X-Request-Id: a, b", True),
+        (b"X-Request-Id: good,\xff", False),
         (b"X-Request-Id: " + b"a" * 300, False),
+        (b"X-Request-Id: " + b"a" * 200 + b"," + b"a" * 200, False),
+        (b"X-Request-Id: good\r\nX-Request-Id: \xff", False),
         (b"X-Request-Timeout-Seconds: 0.01", False),
         (b"X-Request-Disconnect-Disabled: ?1", False),
         (b"X-Session-Id: \xff", False),

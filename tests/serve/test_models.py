@@ -233,10 +233,9 @@ def test_a_version_that_cannot_be_fetched_now_is_taken_at_a_later_look():
         shelf = Shelf(story__champion="story/3")
         models = models_of({CHAMPION: shelf.load(CHAMPION)}, shelf)
         shelf.aliases[CHAMPION] = "story/4"
-        for fault in (RegistryAway("its files cannot be fetched"), MemoryError()):
-            shelf.fault = fault
-            await models.refresh()
-            assert models.first.name == "story/3"
+        shelf.fault = RegistryAway("its files cannot be fetched")
+        await models.refresh()
+        assert models.first.name == "story/3"
         shelf.fault = None
         await models.refresh()
         assert models.first.name == "story/4"
@@ -257,7 +256,7 @@ def test_names_that_clients_are_told_outlive_the_version():
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("name", ["a/1\ud800", "a/1\nforged line", "a" * 257 + "/1", "a/1\x00"])
+@pytest.mark.parametrize("name", ["a/1\ud800", "a/1\nforged line", "a" * 1024 + "/1", "a/1\x00"])
 def test_a_name_that_no_model_has_does_not_reach_registry_or_log(name, caplog):
     shelf = Shelf()
     shelf.current = None  # type: ignore[assignment, method-assign]
