@@ -49,8 +49,8 @@ def check_stages(config: RunConfig) -> None:
         fewest = min((lanes // n * (settings.batch_size // lanes) for n in uneven), default=scaling.accumulation)
         if settings.max_steps and scaling.accumulation > fewest:
             raise ValueError(
-                f"scaling.accumulation={scaling.accumulation} must be at most {fewest}, the fewest rows that "
-                f"a worker has of stages.{stage}.batch_size={settings.batch_size} where {uneven[-1]} share its {lanes} lanes"
+                f"scaling.accumulation={scaling.accumulation} must be at most {fewest}, what a worker may have of "
+                f"stages.{stage}.batch_size={settings.batch_size} where {uneven[-1]} share its {lanes} lanes"
             )
 
 
