@@ -25,6 +25,8 @@ class BodyLimit:
         """Pass a request on, counting its bytes and seconds."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        too_large = HTTPException(413, f"body must be at most {self.max_bytes} bytes")
         read, more = 0, True
         until = asyncio.get_running_loop().time() + self.max_s
 
@@ -32,6 +34,8 @@ class BodyLimit:
             nonlocal read, more
             if not more:
                 return await receive()
+            if told.isdigit() and int(told) > self.max_bytes:  # nobody waits for what is refused
+                raise too_large
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
@@ -40,7 +44,7 @@ class BodyLimit:
             read += len(message.get("body", b""))
             more = message.get("more_body", False)
             if read > self.max_bytes:
-                raise HTTPException(413, f"body must be at most {self.max_bytes} bytes")
+                raise too_large
             return message
 
         await self.app(scope, limited, send)

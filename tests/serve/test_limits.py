@@ -8,7 +8,9 @@ from starlette.exceptions import HTTPException
 from serve.limits import BodyLimit, RateLimit
 
 
-def read_through(messages: list[tuple[float, bytes]], max_bytes: int = 10, max_s: float = 0.05) -> bytes:
+def read_through(
+    messages: list[tuple[float, bytes]], max_bytes: int = 10, max_s: float = 0.05, told: bytes = b""
+) -> bytes:
     """Send pieces of a body, each after a pause, to an app that reads them all and then waits for the client to go."""
 
     async def run() -> bytes:
@@ -32,7 +34,9 @@ def read_through(messages: list[tuple[float, bytes]], max_bytes: int = 10, max_s
                 more = message["more_body"]
             assert (await receive())["type"] == "http.disconnect"
 
-        await BodyLimit(app, max_bytes, max_s)({"type": "http"}, receive, None)
+        await BodyLimit(app, max_bytes, max_s)(
+            {"type": "http", "headers": [(b"content-length", told)] * bool(told)}, receive, None
+        )
         return body
 
     return asyncio.run(run())
@@ -40,6 +44,12 @@ def read_through(messages: list[tuple[float, bytes]], max_bytes: int = 10, max_s
 
 def test_a_body_up_to_the_limit_passes_and_the_wait_after_it_is_free():
     assert read_through([(0, b"12345"), (0.01, b"67890")]) == b"1234567890"
+
+
+def test_a_body_that_is_told_to_be_over_the_limit_is_not_waited_for():
+    with pytest.raises(HTTPException, match="413: body must be at most 10 bytes"):
+        read_through([(5, b"1")], told=b"11")
+    assert read_through([(0, b"1234567890")], told=b"10") == b"1234567890"
 
 
 def test_a_body_over_the_limit_is_not_read_to_its_end():
