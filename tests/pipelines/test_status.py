@@ -163,7 +163,7 @@ def test_password_of_a_store_that_does_not_answer_is_not_on_the_screen(monkeypat
     ("uri", "expected"),
     [
         ("http://me:s3cret@mlflow:5000/", "http://mlflow:5000/#/runs/r1"),
-        ("sqlite:////home/me/runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:////home/me/runs/mlflow.db"),
+        ("sqlite:////runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"),
         (
             "postgresql://m:s3cret@h/m",
             "mlflow ui --backend-store-uri postgresql://m:***@h/m (***: its password)",
